@@ -1,0 +1,1 @@
+"""kdflax: knowledge distillation and joint learning as pure JAX functions."""
