@@ -1,0 +1,104 @@
+"""What every loss does with its examples: check, upcast, mask, gather, reduce.
+
+The contract of a loss is kept here once: arrays come in by name, so that an error can name them; masked examples are
+replaced by zeros before anything is computed, so that neither their values nor a NaN in them can reach a result.
+"""
+
+import jax
+import jax.numpy as jnp
+
+AxisName = str | tuple[str, ...] | None
+
+
+def as_examples(where: jax.Array | None, *, lead: int | None = None, **arrays: jax.Array) -> list[jax.Array]:
+  """Returns the arrays in float32 or wider, with zeros in place of masked examples.
+
+  Args:
+    where: bool, the shape of the leading axes, or None.
+    lead: number of leading axes that count examples; None means all but the last.
+    **arrays: the arguments of a loss by name; their leading axes must agree.
+
+  Returns:
+    The arrays in the order given, all of one dtype.
+
+  Raises:
+    ValueError: if an array is not floating or the leading axes or `where` do not fit.
+  """
+  converted = {name: jnp.asarray(array) for name, array in arrays.items()}
+  for name, array in converted.items():
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(f"{name} must be floating; got {array.dtype}{list(array.shape)}. Cast it, e.g. to float32.")
+    if array.ndim < (1 if lead is None else lead):
+      raise ValueError(f"{name} needs at least {lead or 1} axes; got shape {array.shape}")
+  shapes = {name: array.shape[: array.ndim - 1 if lead is None else lead] for name, array in converted.items()}
+  check_same("leading (example) axes", **shapes)
+  examples = next(iter(shapes.values()))
+  dtype = jnp.result_type(jnp.float32, *(array.dtype for array in converted.values()))
+  check_where(where, examples)
+  return [mask(array.astype(dtype), where) for array in converted.values()]
+
+
+def check_same(what: str, **shapes: tuple[int, ...]) -> None:
+  """Raises a ValueError that shows every shape by name unless they all agree."""
+  if len(set(shapes.values())) > 1:
+    shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    raise ValueError(f"{' and '.join(shapes)} must have the same {what}; got {shown}")
+
+
+def check_where(where: jax.Array | None, examples: tuple[int, ...]) -> None:
+  """Raises a ValueError unless `where` is None or bool of the shape of the result."""
+  if where is None:
+    return
+  if jnp.shape(where) != examples or jnp.result_type(where) != jnp.bool_:
+    raise ValueError(
+      f"where must be bool of the result's shape {examples}; got {jnp.result_type(where)}{list(jnp.shape(where))}"
+    )
+
+
+def mask(values: jax.Array, where: jax.Array | None) -> jax.Array:
+  """Zeros in place of masked examples; `where` covers the leading axes of `values`."""
+  if where is None:
+    return values
+  where = jnp.asarray(where)
+  return jnp.where(where.reshape(where.shape + (1,) * (values.ndim - where.ndim)), values, 0)
+
+
+def masked_mean(values: jax.Array, where: jax.Array | None = None, axis_name: AxisName = None) -> jax.Array:
+  """Averages per-example values over the examples that count.
+
+  Args:
+    values: one value per example, `[...]`.
+    where: bool, the shape of `values`: which examples count. None counts all.
+    axis_name: mapped axis or axes of `pmap` or `shard_map` to average over as well: sums and counts are added over
+      the devices before they are divided, so uneven masks do not bias the mean.
+
+  Returns:
+    A scalar in float32 or wider; 0 if no example counts.
+
+  Raises:
+    ValueError: if `where` is not bool of the shape of `values`.
+  """
+  values = jnp.asarray(values)
+  check_where(where, values.shape)
+  total, count = masked_sum(values, where, axis_name)
+  return total / jnp.maximum(count, 1)
+
+
+def masked_sum(
+  values: jax.Array, where: jax.Array | None = None, axis_name: AxisName = None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (sum, count) of the examples that count, over the devices of `axis_name` as well."""
+  dtype = jnp.result_type(values.dtype, jnp.float32)
+  total = mask(values.astype(dtype), where).sum()
+  count = jnp.asarray(values.size if where is None else jnp.asarray(where).sum(), dtype)
+  return all_sum(total, axis_name), all_sum(count, axis_name)
+
+
+def all_sum(value: jax.Array, axis_name: AxisName) -> jax.Array:
+  """Sum over the devices of a mapped axis; the value itself without one."""
+  return value if axis_name is None else jax.lax.psum(value, axis_name)
+
+
+def all_rows(rows: jax.Array, axis_name: AxisName) -> jax.Array:
+  """The rows of every device, stacked on the first axis in device order."""
+  return rows if axis_name is None else jax.lax.all_gather(rows, axis_name, tiled=True)

@@ -1,0 +1,70 @@
+"""Numerically safe pieces that several losses share."""
+
+import jax
+import jax.numpy as jnp
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+  """Square root whose derivatives are 0 where x <= 0, and so is the value."""
+  positive = x > 0
+  # Both sides of the selection must be finite in every derivative: the root is taken of 1 where x is not positive.
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+  """Quotient that is 0, with derivative 0, where the denominator is 0."""
+  nonzero = denominator != 0
+  return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
+
+
+def l2_normalize(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
+  """x / ||x||; a zero vector stays zero and gets no gradient."""
+  return safe_divide(x, safe_sqrt(jnp.sum(x * x, axis=axis, keepdims=True)))
+
+
+def inner_products(rows: jax.Array, others: jax.Array) -> jax.Array:
+  """`[b, d], [B, d] -> [b, B]` at full precision: accelerators would round the operands to bf16 by default."""
+  if rows is others:
+    return _gram(rows)
+  return jnp.matmul(rows, others.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def _gram(rows: jax.Array) -> jax.Array:
+  """Inner products of rows with each other; knowing that both sides move alike saves a product in the backward pass."""
+  return jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@_gram.defjvp
+def _gram_jvp(primals, tangents):
+  (rows,), (moved,) = primals, tangents
+  half = jnp.matmul(moved, rows.T, precision=jax.lax.Precision.HIGHEST)
+  return _gram(rows), half + half.T
+
+
+def adaptive_average_pool(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+  """Averages axes 1, 2, ... of a channels-last map to the given sizes.
+
+  Output i of m over n inputs averages the window [floor(i n / m), ceil((i + 1) n / m)); windows overlap where m does
+  not divide n.
+  """
+  for axis, m in enumerate(sizes, start=1):
+    n = x.shape[axis]
+    if n % m == 0:  # windows of one size side by side: no matrix is needed
+      x = x.reshape(*x.shape[:axis], m, n // m, *x.shape[axis + 1 :]).mean(axis + 1)
+    else:
+      pooled = jnp.tensordot(x, _pooling_matrix(n, m).astype(x.dtype), axes=(axis, 1), precision="highest")
+      x = jnp.moveaxis(pooled, -1, axis)
+  return x
+
+
+def _pooling_matrix(n: int, m: int) -> jax.Array:
+  index = jnp.arange(m)[:, None]
+  inside = (jnp.arange(n) >= index * n // m) & (jnp.arange(n) < -(-(index + 1) * n // m))
+  return inside / inside.sum(1, keepdims=True)
+
+
+def pool_to_common_size(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Pools each spatial axis of the larger map to the smaller; maps are `[batch, ..., channels]`."""
+  sizes = tuple(min(pair) for pair in zip(first.shape[1:-1], second.shape[1:-1], strict=True))
+  return adaptive_average_pool(first, sizes), adaptive_average_pool(second, sizes)

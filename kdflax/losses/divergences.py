@@ -1,0 +1,240 @@
+"""Divergences between two softmax distributions: `[..., classes] -> [...]`, one value per example, without T^2.
+
+q is the student's and p the teacher's distribution at temperature T. All of it happens on log-probabilities; mixtures
+are sums of exponentials. A class at -inf on both sides adds nothing. A class at -inf on one side only is impossible
+there: the divergence is infinite where the other side's expectation runs over it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdflax.losses._examples import mask
+from kdflax.losses._log_probabilities import log_softmax, logit_pair, relative_entropy
+
+
+def _log_probabilities(
+  student_logits: jax.Array, teacher_logits: jax.Array, temperature: float | jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """(log q, log p)."""
+  student, teacher = logit_pair(student_logits, teacher_logits, where)
+  return log_softmax(student, temperature), log_softmax(teacher, temperature)
+
+
+def _log_mixture(log_p: jax.Array, log_q: jax.Array, alpha: float | jax.Array) -> jax.Array:
+  """`log(alpha p + (1 - alpha) q)`."""
+  alpha = jnp.asarray(alpha, log_p.dtype)[..., None]
+  # A class impossible on both sides would have the derivative -inf - (-inf).
+  impossible = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+  log_p, log_q = jnp.where(impossible, 0, log_p), jnp.where(impossible, 0, log_q)
+  mixture = jnp.logaddexp(jnp.log(alpha) + log_p, jnp.log1p(-alpha) + log_q)
+  return jnp.where(impossible, -jnp.inf, mixture)
+
+
+def forward_kl(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  temperature: float | jax.Array = 1.0,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Divergence from the teacher's to the student's distribution.
+
+  Makes the student cover every class that the teacher gives probability; it is `kl_soft_targets` without T^2.
+
+    KL(p || q) = sum_c p_c (log p_c - log q_c)
+
+  Args:
+    student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
+    teacher_logits: `[..., classes]`.
+    temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
+    where: bool `[...]`, which examples count.
+
+  Returns:
+    `[...]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Reference: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
+  """
+  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  return mask(relative_entropy(log_p, log_q), where)
+
+
+def reverse_kl(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  temperature: float | jax.Array = 1.0,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Divergence from the student's to the teacher's distribution.
+
+  Makes the student keep to classes that the teacher gives probability, at the price of leaving some out.
+
+    KL(q || p) = sum_c q_c (log q_c - log p_c)
+
+  Args:
+    student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
+    teacher_logits: `[..., classes]`.
+    temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
+    where: bool `[...]`, which examples count.
+
+  Returns:
+    `[...]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Reference: Gu, Dong, Wei and Huang, "MiniLLM: Knowledge Distillation of Large Language Models", 2024, arXiv 2306.08543
+  (the divergence of each token; the paper samples sequences from the student).
+  """
+  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  return mask(relative_entropy(log_q, log_p), where)
+
+
+def total_variation(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  temperature: float | jax.Array = 1.0,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Half the absolute difference of the distributions.
+
+  Between 0 and 1, symmetric; its gradient does not shrink as the distributions meet, and is 0 where they are equal.
+
+    sum_c |p_c - q_c| / 2
+
+  Args:
+    student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
+    teacher_logits: `[..., classes]`.
+    temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
+    where: bool `[...]`, which examples count.
+
+  Returns:
+    `[...]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Reference: Wen, Li, Du and Mou, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", 2023,
+  arXiv 2307.15190.
+  """
+  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  return mask(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)).sum(axis=-1) / 2, where)
+
+
+def skew_kl(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  temperature: float | jax.Array = 1.0,
+  alpha: float | jax.Array = 0.1,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Divergence from the teacher's distribution to its mixture with the student's.
+
+  `forward_kl` whose value never exceeds `-log alpha` and whose gradient stays bounded where the student has hardly any
+  probability. At alpha = 0 it is `forward_kl`.
+
+    KL(p || alpha p + (1 - alpha) q)
+
+  Args:
+    student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
+    teacher_logits: `[..., classes]`.
+    temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
+    alpha: share of the teacher in the mixture, in [0, 1), may be traced; broadcasts against `[...]`.
+    where: bool `[...]`, which examples count.
+
+  Returns:
+    `[...]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Reference: Ko, Kim, Chen and Yun, "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024,
+  arXiv 2402.03898.
+  """
+  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  return mask(relative_entropy(log_p, _log_mixture(log_p, log_q, alpha)), where)
+
+
+def reverse_skew_kl(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  temperature: float | jax.Array = 1.0,
+  alpha: float | jax.Array = 0.1,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Divergence from the student's distribution to its mixture with the teacher's.
+
+  `reverse_kl` whose value never exceeds `-log alpha`, finite also where the teacher has no probability. At alpha = 0
+  it is `reverse_kl`.
+
+    KL(q || alpha q + (1 - alpha) p)
+
+  Args:
+    student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
+    teacher_logits: `[..., classes]`.
+    temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
+    alpha: share of the student in the mixture, in [0, 1), may be traced; broadcasts against `[...]`.
+    where: bool `[...]`, which examples count.
+
+  Returns:
+    `[...]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Reference: Ko, Kim, Chen and Yun, "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024,
+  arXiv 2402.03898.
+  """
+  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  return mask(relative_entropy(log_q, _log_mixture(log_q, log_p, alpha)), where)
+
+
+def jensen_shannon(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  temperature: float | jax.Array = 1.0,
+  beta: float | jax.Array = 0.5,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Generalised Jensen-Shannon divergence: both distributions against their mixture.
+
+  Between the two directions of KL, bounded, symmetric at beta = 1/2. The ends are not its limits: as beta goes to 0 or
+  1 the divergence goes to 0, while a beta of exactly 0 or 1 is by convention `forward_kl` or `reverse_kl`.
+
+    beta KL(p || M) + (1 - beta) KL(q || M),   M = beta p + (1 - beta) q
+
+  Args:
+    student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
+    teacher_logits: `[..., classes]`.
+    temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
+    beta: share of the teacher in the mixture, in [0, 1], inside (0, 1) if traced; broadcasts against `[...]`.
+    where: bool `[...]`, which examples count.
+
+  Returns:
+    `[...]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, `beta` is a number outside [0, 1], or `where` does not
+      fit.
+
+  Reference: Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", 2024,
+  arXiv 2306.13649. Some implementations mix probabilities in the dtype of the inputs, which turns negative in bfloat16.
+  """
+  if isinstance(beta, float | int | np.number):
+    if not 0 <= beta <= 1:
+      raise ValueError(f"beta must be between 0 and 1; got {beta}")
+    if beta in (0, 1):
+      end = forward_kl if beta == 0 else reverse_kl
+      return end(student_logits, teacher_logits, temperature=temperature, where=where)
+  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  log_m = _log_mixture(log_p, log_q, beta)
+  values = beta * relative_entropy(log_p, log_m) + (1 - beta) * relative_entropy(log_q, log_m)
+  return mask(values, where)

@@ -1,0 +1,275 @@
+"""Losses on feature maps and embeddings, entry by entry: `[batch, ...] -> [batch]`, channels last."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kdflax.losses._examples import as_examples, check_same, mask
+from kdflax.losses._numerics import adaptive_average_pool, l2_normalize, pool_to_common_size
+
+
+def hint(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+  """Mean squared difference of two features of one shape.
+
+  Matches activations one by one, so widths must agree: put a learnable connector before it where they do not. 0 only
+  where the features are equal.
+
+    mean_k (s_k - t_k)^2 over all entries of an example
+
+  Args:
+    student: `[batch, ...]`.
+    teacher: `[batch, ...]`, the same shape.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Reference: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015, arXiv 1412.6550. The paper has half the squared
+  norm of the difference; like the widely used implementations this is the mean over the entries.
+  """
+  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  return mask(per_example(jnp.mean, jnp.square(student - teacher)), where)
+
+
+def cosine(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+  """One minus the cosine between two features.
+
+  Matches directions along the last axis and leaves the lengths free. A zero vector has cosine 0 with everything, so its
+  value is 1, and gets no gradient.
+
+    mean_n (1 - <s_n, t_n> / (||s_n|| ||t_n||)),   n over the axes between the batch and the last
+
+  Args:
+    student: `[batch, ..., width]`.
+    teacher: `[batch, ..., width]`, the same shape.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, from 0 to 2; 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ or have one axis, an input is not floating, or `where` does not fit.
+
+  Reference: Wang et al., "In Defense of Feature Mimicking for Knowledge Distillation", 2020, arXiv 2011.01424, which
+  argues for matching directions rather than lengths, by other means; the cosine is the form in common use. Taken from
+  the distance of the normalised vectors, so nearly parallel features keep their digits.
+  """
+  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  if student.ndim < 2:
+    raise ValueError(f"student and teacher must be [batch, ..., width]; got shape {student.shape}")
+  student, teacher = l2_normalize(student), l2_normalize(teacher)
+  both_have_a_direction = student.any(axis=-1) & teacher.any(axis=-1)
+  distance = jnp.where(both_have_a_direction, jnp.square(student - teacher).sum(axis=-1) / 2, 1)
+  return mask(per_example(jnp.mean, distance), where)
+
+
+def hierarchical_context(
+  student: jax.Array, teacher: jax.Array, *, levels: Sequence[int] = (4, 2, 1), where: jax.Array | None = None
+) -> jax.Array:
+  """Mean squared difference at full size and on a pyramid of average pools.
+
+  Matches activations at every scale, the finer ones with more weight. Height alone decides which levels are used; a
+  level pools height and width to that many positions, so a width below the level repeats its columns.
+
+    (sum_l w_l mean (pool_l(s) - pool_l(t))^2) / sum_l w_l,   w = 1 at full size, then 1/2, 1/4, ... for each level used
+
+  Args:
+    student: `[batch, height, width, channels]`; one or three spatial axes work too, the first counts as the height.
+    teacher: the same shape.
+    levels: sizes of the pools, from fine to coarse, static; one that is not below the height is skipped.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ or have no spatial axis, an input is not floating, or `where` does not fit.
+
+  Reference: Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", 2021, arXiv 2104.09044, the
+  hierarchical context loss. The review of several layers, with its fusion of student stages, is the model's part.
+  """
+  check_maps(student=student, teacher=teacher)
+  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  difference = student - teacher  # pooling is linear, so one pool of the difference does for both
+  total, weights, weight = per_example(jnp.mean, jnp.square(difference)), 1.0, 1.0
+  for level in levels:
+    if level < difference.shape[1]:
+      pooled = adaptive_average_pool(difference, (level,) * (difference.ndim - 2))
+      weight /= 2
+      total, weights = total + weight * per_example(jnp.mean, jnp.square(pooled)), weights + weight
+  return mask(total / weights, where)
+
+
+def vid(
+  predicted_mean: jax.Array, teacher: jax.Array, *, variance: jax.Array | float, where: jax.Array | None = None
+) -> jax.Array:
+  """Negative log-likelihood of the teacher's feature under a Gaussian that the student predicts.
+
+  Bounds the information that the student's feature shares with the teacher's. Learn `variance` with the student: at its
+  best value it is the mean squared error, so channels that cannot be predicted lose weight. The value is not bounded
+  below and not 0 at equality.
+
+    mean_k ((mu_k - t_k)^2 / variance_k + log variance_k) / 2,   without the constant log(2 pi) / 2
+
+  Args:
+    predicted_mean: `[batch, ...]`, mu: the student's feature through a learnable connector.
+    teacher: `[batch, ...]`, the same shape.
+    variance: positive, in squared units of the teacher's feature, may be traced and learned: anything that broadcasts
+      to the teacher's shape, such as `[channels]`. Make it by `softplus` plus a small floor, not by `log(1 + exp)`,
+      which overflows.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `variance` or `where` does not fit.
+
+  Reference: Ahn, Hu, Damianou, Lawrence and Dai, "Variational Information Distillation for Knowledge Transfer", 2019,
+  arXiv 1904.05835. mdistiller never trains its variance, because the optimizer does not see it.
+  """
+  predicted_mean, teacher = _same_shape(where, predicted_mean=predicted_mean, teacher=teacher)
+  spread = _like(teacher, variance=variance)
+  if where is not None and spread.ndim == teacher.ndim:  # one for each example: 1 where masked, whose logarithm is 0
+    spread = jnp.where(jnp.asarray(where).reshape(-1, *[1] * (teacher.ndim - 1)), spread, 1)
+  likelihood = jnp.square(predicted_mean - teacher) / spread + jnp.log(spread)
+  return mask(per_example(jnp.mean, likelihood) / 2, where)
+
+
+def activation_boundary(
+  student: jax.Array, teacher: jax.Array, *, margin: float | jax.Array = 1.0, where: jax.Array | None = None
+) -> jax.Array:
+  """Squared hinge that puts each student unit on the teacher's side of zero.
+
+  Matches which units are active, not how much: features before the ReLU. 0 once every unit clears the margin on the
+  right side, so not in general where the features are equal.
+
+    sum_k relu(margin - s_k)^2 where t_k > 0,   relu(margin + s_k)^2 where t_k <= 0
+
+  Args:
+    student: `[batch, ...]`, pre-activations, through a connector where widths differ.
+    teacher: `[batch, ...]`, the same shape; only its signs matter, so it gets no gradient.
+    margin: how far beyond zero a unit must be, in units of the student's feature, may be traced.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, a sum over the units; 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Reference: Heo, Lee, Yun and Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden
+  Neurons", 2019, arXiv 1811.03233. RepDistiller adds factors of 3 / 1000 and powers of two over the layers.
+  """
+  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  margin = jnp.asarray(margin, student.dtype)
+  shortfall = jax.nn.relu(margin - jnp.where(teacher > 0, student, -student))
+  return mask(per_example(jnp.sum, jnp.square(shortfall)), where)
+
+
+def ofd(
+  student: jax.Array, teacher: jax.Array, *, margin: jax.Array | float, where: jax.Array | None = None
+) -> jax.Array:
+  """Partial squared distance to the teacher's feature through a margin ReLU.
+
+  Matches what passes the teacher's ReLU. Where the teacher is negative the student need only be no larger than the
+  teacher or the margin, whichever is higher, because the ReLU after it hides the rest.
+
+    sum_k (s_k - r_k)^2 where t_k > 0 or s_k > r_k,   r = max(t, margin)
+
+  Args:
+    student: `[batch, ..., channels]`, before the ReLU, through a connector where widths differ.
+    teacher: `[batch, ..., channels]`, before the ReLU, the same shape.
+    margin: `[channels]`, negative, in units of the feature: `ofd_margin` of the teacher's batch normalisation. May be
+      traced.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, a sum over the units; 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `margin` or `where` does not fit.
+
+  Reference: Heo et al., "A Comprehensive Overhaul of Feature Distillation", 2019, arXiv 1904.01866. Summed like the
+  authors' code, which gives it the weight 1e-3 and halves it for each earlier layer. There the teacher's batch
+  normalisation runs on batch statistics; which statistics made the features is up to the model here.
+  """
+  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  target = jnp.maximum(teacher, _like(teacher, margin=margin))
+  matters = (teacher > 0) | (student > target)
+  return mask(per_example(jnp.sum, jnp.where(matters, jnp.square(student - target), 0)), where)
+
+
+def ofd_margin(bn_scale: jax.Array, bn_bias: jax.Array) -> jax.Array:
+  """Expected negative activation of each channel, from the batch normalisation before the ReLU.
+
+  The margin of `ofd`. Where a channel is practically never negative, 3 standard deviations stand in for it.
+
+    E[x | x < 0] = b - s phi(b / s) / Phi(-b / s)  for x ~ N(b, s^2), s = |bn_scale|, b = bn_bias
+    -3 s                                           where Phi(-b / s) <= 1e-3
+
+  The ratio is taken in log space, so it stays exact far into the tail. A scale of 0 gives min(b, 0).
+
+  Args:
+    bn_scale: `[...]`, gamma of the teacher's last batch normalisation; its sign does not matter.
+    bn_bias: `[...]`, beta, the same shape.
+
+  Returns:
+    `[...]` in float32 or wider, at most 0.
+
+  Raises:
+    ValueError: if the shapes differ or an input is not floating.
+
+  Reference: Heo et al., "A Comprehensive Overhaul of Feature Distillation", 2019, arXiv 1904.01866. The authors' code
+  divides by zero for a scale of 0.
+  """
+  check_same("shape", bn_scale=jnp.shape(bn_scale), bn_bias=jnp.shape(bn_bias))
+  scale, bias = as_examples(None, lead=0, bn_scale=bn_scale, bn_bias=bn_bias)
+  scale = jnp.abs(scale)
+  positive = scale > 0
+  # Beyond 40 standard deviations the densities are 0 or the second case applies; the clip keeps the quotient finite.
+  z = jnp.clip(bias / jnp.where(positive, scale, 1), -40, 40)
+  log_negative = jax.scipy.stats.norm.logcdf(-z)
+  expected = bias - scale * jnp.exp(jax.scipy.stats.norm.logpdf(z) - log_negative)
+  margin = jnp.where(log_negative > math.log(1e-3), expected, -3 * scale)
+  return jnp.where(positive, margin, jnp.minimum(bias, 0))
+
+
+def map_pair(student: jax.Array, teacher: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  """Two maps with the same number of positions: the larger pooled to the smaller."""
+  check_maps(student=student, teacher=teacher)
+  student, teacher = as_examples(where, lead=1, student=student, teacher=teacher)
+  return pool_to_common_size(student, teacher)
+
+
+def check_maps(**maps: jax.Array) -> None:
+  """Raises a ValueError unless all are maps with the same number of axes."""
+  shapes = {name: jnp.shape(features) for name, features in maps.items()}
+  if min(map(len, shapes.values())) < 3 or len(set(map(len, shapes.values()))) > 1:
+    shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    raise ValueError(f"{' and '.join(shapes)} must all be maps [batch, ..., channels]; got {shown}")
+
+
+def per_example(reduce, values: jax.Array) -> jax.Array:
+  """Reduces every axis but the first."""
+  return reduce(values, axis=tuple(range(1, values.ndim)))
+
+
+def _same_shape(where: jax.Array | None, **features: jax.Array) -> list[jax.Array]:
+  check_same("shape (or a connector between them)", **{name: jnp.shape(array) for name, array in features.items()})
+  return as_examples(where, lead=1, **features)
+
+
+def _like(teacher: jax.Array, **parameters: jax.Array | float) -> jax.Array:
+  """A parameter of the teacher's feature in its dtype, checked to broadcast against it."""
+  ((name, parameter),) = parameters.items()
+  shape = jnp.shape(parameter)
+  sizes = zip(reversed(shape), reversed(teacher.shape), strict=False)
+  if len(shape) > teacher.ndim or any(size not in (1, wanted) for size, wanted in sizes):
+    raise ValueError(f"{name} must broadcast to the teacher's shape {teacher.shape}, e.g. [channels]; got {shape}")
+  return jnp.asarray(parameter, teacher.dtype)

@@ -1,0 +1,271 @@
+"""Losses on products of feature maps: Gram matrices of channels, of two layers, and their singular vectors."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kdflax.losses._examples import as_examples, check_same, mask
+from kdflax.losses._numerics import l2_normalize, pool_to_common_size, safe_divide
+from kdflax.losses.features import check_maps, map_pair
+
+_product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def fsp(
+  student_first: jax.Array,
+  student_last: jax.Array,
+  teacher_first: jax.Array,
+  teacher_last: jax.Array,
+  *,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Mean squared difference of the flow of the solution procedure between two layers.
+
+  Matches how the channels of an early layer go with those of a later one, averaged over positions: channels must agree
+  between student and teacher, sizes need not. Within a model the larger map is adaptive-average-pooled to the smaller.
+
+    mean_cd (G_s - G_t)_cd^2,   G_cd = mean_n first_nc last_nd
+
+  Args:
+    student_first: `[batch, ..., first channels]`.
+    student_last: `[batch, ..., last channels]`, as many axes.
+    teacher_first: `[batch, ..., first channels]`.
+    teacher_last: `[batch, ..., last channels]`.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the batches, the numbers of axes or the channels differ, an input is not floating, or `where` does
+      not fit.
+
+  Reference: Yim, Joo, Bae and Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and
+  Transfer Learning", CVPR 2017, not on arXiv. The paper max-pools the larger map, as torchdistill does; this averages,
+  as RepDistiller does.
+  """
+  student, teacher = _layer_pairs(where, student_first, student_last, teacher_first, teacher_last)
+
+  def flow(first, last):
+    first, last = (_positions(features) for features in pool_to_common_size(first, last))
+    return _product("bnc,bnd->bcd", first, last) / first.shape[1]
+
+  return mask(jnp.square(flow(*student) - flow(*teacher)).mean(axis=(1, 2)), where)
+
+
+def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+  """Squared maximum mean discrepancy between the two sets of channel patterns.
+
+  Matches the distribution of what the channels respond to, with the polynomial kernel of order 2: widths may differ,
+  and the larger map is adaptive-average-pooled to the smaller. 0 also where the channels are permuted or change sign. A
+  zero channel stays zero and gets no gradient.
+
+    mean_cc' (a_c . a_c')^2 + mean_dd' (b_d . b_d')^2 - 2 mean_cd (a_c . b_d)^2,   a, b channels of L2 norm 1
+
+  The means are squared norms of Gram matrices over channels or over positions, whichever is less work; nothing larger
+  than such a matrix is held.
+
+  Args:
+    student: `[batch, ..., channels]`, for images `[batch, height, width, channels]`.
+    teacher: `[batch, ..., channels]`, as many axes.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the batch or the number of axes differ, an input is not floating, or `where` does not fit.
+
+  Reference: Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017, arXiv
+  1707.01219. Common implementations hold an array of batch x channels x channels x positions.
+  """
+  student, teacher = (l2_normalize(_positions(f), axis=1) for f in map_pair(student, teacher, where))
+  (_, positions, s), (_, _, t) = student.shape, teacher.shape
+  if positions * (s + t) <= s * s + t * t + s * t:
+    # The mean of (a . b)^2 is the inner product of the mean outer products, so the three terms are one square.
+    outer = lambda unit: _product("bnc,bmc->bnm", unit, unit) / unit.shape[-1]
+    return mask(jnp.square(outer(student) - outer(teacher)).sum(axis=(1, 2)), where)
+  kernel = lambda a, b: jnp.square(_product("bnc,bnd->bcd", a, b)).mean(axis=(1, 2))
+  return mask(kernel(student, student) + kernel(teacher, teacher) - 2 * kernel(student, teacher), where)
+
+
+def inter_channel_correlation(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+  """Squared difference of the row-normalised correlation matrices of the channels.
+
+  Matches which channels respond together, up to a factor for each; channels must agree, sizes need not. A zero channel
+  stays zero and gets no gradient.
+
+    sum_cd (G_s - G_t)_cd^2 / channels,   G = rows of F' F divided by their L2 norm, F [positions, channels]
+
+  Args:
+    student: `[batch, ..., channels]`, through a connector where widths differ.
+    teacher: `[batch, ..., channels]`, as many axes.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the batch, the number of axes or the channels differ, an input is not floating, or `where` does not
+      fit.
+
+  Reference: Liu et al., "Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", 2021,
+  arXiv 2202.03680. torchdistill divides by the batch once more.
+  """
+  check_maps(student=student, teacher=teacher)
+  _check_channels(student=student, teacher=teacher)
+  student, teacher = as_examples(where, lead=1, student=student, teacher=teacher)
+
+  def correlation(features):
+    features = _positions(features)
+    return l2_normalize(_product("bnc,bnd->bcd", features, features))
+
+  return mask(jnp.square(correlation(student) - correlation(teacher)).sum(axis=-1).mean(axis=-1), where)
+
+
+def kdsvd(
+  student_first: jax.Array,
+  student_last: jax.Array,
+  teacher_first: jax.Array,
+  teacher_last: jax.Array,
+  *,
+  k: int = 1,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Squared difference of how the leading singular vectors change between two layers.
+
+  Matches the principal directions of the channels: channels must agree between student and teacher, sizes need not.
+
+    sum_cdi (h_s - h_t)_cdi^2,   h_cdi = exp(-(last_ci - first_di)^2 / 8)
+
+  where column i is the teacher's i-th right singular vector of `[positions, channels]`, or the vector of largest
+  |cosine| with it among the student's top k + 3, turned to its side; both times the teacher's i-th singular value, of
+  which the k have L2 norm 1.
+
+  A singular vector may be turned around, and the method leaves open which way: the teacher's signs are those that the
+  decomposition returns, so other hardware or another precision can give another value for the same maps.
+
+  The derivative is the exact one as long as singular values differ. A pair of equal ones (to rounding) leaves its
+  directions undefined and adds nothing to it, and a vector of singular value 0 counts as 0, so value and gradient are
+  finite for every finite input. Forward and reverse mode work, to any order.
+
+  Args:
+    student_first: `[batch, ..., first channels]`.
+    student_last: `[batch, ..., last channels]`, as many axes.
+    teacher_first: `[batch, ..., first channels]`.
+    teacher_last: `[batch, ..., last channels]`.
+    k: number of singular vectors, static; at most the positions and the channels of each teacher map.
+    where: bool `[batch]`, which examples count.
+
+  Returns:
+    `[batch]` in float32 or wider, a sum over channel pairs; 0 for masked examples.
+
+  Raises:
+    ValueError: if the batches, the numbers of axes or the channels differ, an input is not floating, `where` does not
+      fit or `k` is out of range.
+
+  Reference: Lee, Kim and Song, "Self-supervised Knowledge Distillation Using Singular Value Decomposition", 2018, arXiv
+  1807.06819. The derivative of the decomposition is NaN at equal singular values in common implementations, and
+  mdistiller decomposes over the width instead of the channels.
+  """
+  student, teacher = _layer_pairs(where, student_first, student_last, teacher_first, teacher_last)
+  smallest = min(min(_positions(features).shape[1:]) for features in teacher)
+  if not 1 <= k <= smallest:
+    raise ValueError(f"k must be from 1 to {smallest}, the rank of the teacher's maps; got {k}")
+  first, last = (_paired_vectors(s, t, k) for s, t in zip(student, teacher, strict=True))
+  # Recomputing the kernels in the backward pass keeps arrays of batch x channels x channels out of memory.
+  return mask(jax.checkpoint(_kernel_distance)(first, last), where)
+
+
+def _kernel_distance(first: tuple[jax.Array, jax.Array], last: tuple[jax.Array, jax.Array]) -> jax.Array:
+  # exp(x) - 1, because the kernels are close to 1 and only their difference counts.
+  student, teacher = (
+    jnp.expm1(-jnp.square(later[:, :, None] - earlier[:, None]) / 8) for earlier, later in zip(first, last, strict=True)
+  )
+  return jnp.square(student - teacher).sum(axis=(1, 2, 3))
+
+
+def _paired_vectors(student: jax.Array, teacher: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """Weighted singular vectors `[batch, channels, k]` of the student and the teacher, pair by pair."""
+  values, vectors = _right_singular(teacher, k)
+  _, candidates = _right_singular(student, k + 3)
+  cosines = _product("bcs,bct->bst", candidates, vectors)
+  closest = jnp.argmax(jnp.abs(cosines), axis=1, keepdims=True)
+  side = jnp.sign(jnp.take_along_axis(cosines, closest, axis=1))
+  weights = l2_normalize(values)[:, None]
+  return weights * side * jnp.take_along_axis(candidates, closest, axis=2), weights * vectors
+
+
+def _right_singular(features: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """The largest singular values `[batch, count]` and their vectors `[batch, channels, count]`, as far as they exist."""
+  _, values, vectors = _svd(_positions(features))
+  exist = values > _rounding(values)
+  return values[:, :count], jnp.where(exist[:, None], vectors, 0)[..., :count]
+
+
+def _rounding(values: jax.Array) -> jax.Array:
+  """The size below which singular values, and differences of them, are rounding errors."""
+  return values.shape[-1] * jnp.finfo(values.dtype).eps * values[..., :1]
+
+
+@jax.custom_jvp
+def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Thin decomposition `x = u diag(s) v'` with a derivative that is finite at equal and at zero singular values."""
+  u, s, vh = jnp.linalg.svd(x, full_matrices=False)
+  return u, s, jnp.swapaxes(vh, -1, -2)
+
+
+@_svd.defjvp
+def _svd_jvp(primals, tangents):
+  u, s, v = _svd(*primals)
+  (dx,) = tangents
+  # The vectors do not depend on the scale, and relative to it no square under- or overflows.
+  scale = jax.lax.stop_gradient(jnp.where(s[..., :1] > 0, s[..., :1], 1))
+  relative, dx = s / scale, dx / scale[..., None]
+  own, other = relative[..., None, :], relative[..., :, None]
+  apart = jnp.abs(own - other) > _rounding(relative)[..., None]
+  inverse_gap = safe_divide(jnp.ones_like(apart, s.dtype), jnp.where(apart, (own - other) * (own + other), 0))
+  inverse = safe_divide(jnp.ones_like(s), jnp.where(relative > _rounding(relative), relative, 0))[..., None, :]
+
+  dx_v, dxt_u = _product("...nc,...ci->...ni", dx, v), _product("...nc,...ni->...ci", dx, u)
+  inner = _product("...nj,...ni->...ji", u, dx_v)  # u_j' dx v_i
+  transposed = jnp.swapaxes(inner, -1, -2)
+
+  def tangent(basis, moved, rotation):
+    outside = moved - _product("...nj,...ji->...ni", basis, _product("...nj,...ni->...ji", basis, moved))
+    return _product("...nj,...ji->...ni", basis, rotation * inverse_gap) + outside * inverse
+
+  du = tangent(u, dx_v, own * inner + other * transposed)
+  dv = tangent(v, dxt_u, other * inner + own * transposed)
+  return (u, s, v), (du, jnp.diagonal(inner, axis1=-2, axis2=-1) * scale, dv)
+
+
+def _positions(features: jax.Array) -> jax.Array:
+  """`[batch, ..., channels] -> [batch, positions, channels]`."""
+  return features.reshape(features.shape[0], -1, features.shape[-1])
+
+
+def _layer_pairs(
+  where: jax.Array | None,
+  student_first: jax.Array,
+  student_last: jax.Array,
+  teacher_first: jax.Array,
+  teacher_last: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+  maps = {
+    "student_first": student_first,
+    "student_last": student_last,
+    "teacher_first": teacher_first,
+    "teacher_last": teacher_last,
+  }
+  check_maps(**maps)
+  _check_channels(student_first=student_first, teacher_first=teacher_first)
+  _check_channels(student_last=student_last, teacher_last=teacher_last)
+  student_first, student_last, teacher_first, teacher_last = as_examples(where, lead=1, **maps)
+  return (student_first, student_last), (teacher_first, teacher_last)
+
+
+def _check_channels(**maps: jax.Array) -> None:
+  channels = {name: jnp.shape(features)[-1:] for name, features in maps.items()}
+  check_same("channels, the last axis (or a connector between them)", **channels)

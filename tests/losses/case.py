@@ -1,0 +1,51 @@
+"""One line of the contract suite: a loss, its NumPy reference and inputs to try both on."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A public loss under test.
+
+  Attributes:
+    loss: the function in `kdflax.losses`.
+    reference: the same mathematics in NumPy, from the paper's formula: `(*arrays, **hyper, **static) -> [batch]`.
+    inputs: `(rng, batch) -> arrays`, the positional arguments as float64 (or integer) arrays, examples first.
+    hyper: hyper-parameters that may be traced.
+    static: hyper-parameters that must not be traced.
+    compares: the loss compares examples with each other and takes `axis_name`.
+    kind: "logits" or "features": decides the degenerate inputs.
+    students, teachers: positions of the student's arrays and of the teacher's, pair by pair.
+    zero_at_equality: the loss and its gradient are 0 where student equals teacher.
+    hessian: second derivatives exist at generic inputs.
+    label: told apart from other cases of the same loss.
+  """
+
+  loss: Callable
+  reference: Callable
+  inputs: Callable[[np.random.Generator, int], tuple[np.ndarray, ...]]
+  hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  compares: bool = False
+  kind: str = "features"
+  students: tuple[int, ...] = (0,)
+  teachers: tuple[int, ...] = (1,)
+  zero_at_equality: bool = True
+  hessian: bool = True
+  label: str = ""
+
+  def __str__(self):
+    return self.loss.__name__ + (f"-{self.label}" if self.label else "")
+
+
+def pairs_of(*shape, teacher=None):
+  """Inputs of a student and a teacher of normal entries; `teacher` is the teacher's trailing shape if it differs."""
+
+  def inputs(rng, batch):
+    return rng.normal(size=(batch, *shape)), rng.normal(size=(batch, *(teacher or shape)))
+
+  return inputs

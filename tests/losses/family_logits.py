@@ -1,0 +1,116 @@
+"""NumPy references and cases of `losses/logits.py`."""
+
+import numpy as np
+from case import Case, pairs_of
+
+from kdflax import losses
+
+
+def log_softmax(z):
+  z = z - z.max(-1, keepdims=True)
+  return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def kl(p, q):
+  return (p * np.log(p / q)).sum(-1)
+
+
+def softmax(z):
+  return np.exp(log_softmax(z))
+
+
+def kl_soft_targets(s, t, *, temperature=1.0):
+  return temperature**2 * kl(softmax(t / temperature), softmax(s / temperature))
+
+
+def hard_targets(s, t):
+  return -np.take_along_axis(log_softmax(s), t.argmax(-1)[..., None], -1)[..., 0]
+
+
+def of_labels(x, y):
+  return np.take_along_axis(x, y[..., None], -1)[..., 0]
+
+
+def without_labels(z, y):
+  """The other classes' logits, `[batch, classes - 1]`."""
+  return np.stack([np.delete(row, label) for row, label in zip(z, y, strict=True)])
+
+
+def dkd(s, t, y, *, temperature=4.0, alpha=1.0, beta=8.0):
+  binary = lambda z: np.stack([of_labels(softmax(z), y), 1 - of_labels(softmax(z), y)], -1)
+  others = lambda z: softmax(without_labels(z, y))
+  s, t = s / temperature, t / temperature
+  return temperature**2 * (alpha * kl(binary(t), binary(s)) + beta * kl(others(t), others(s)))
+
+
+def nkd(s, t, y, *, temperature=1.0, gamma=1.5):
+  target = -of_labels(softmax(t), y) * of_labels(log_softmax(s), y)
+  p, log_q = softmax(without_labels(t, y) / temperature), log_softmax(without_labels(s, y) / temperature)
+  return target - gamma * temperature**2 * (p * log_q).sum(-1)
+
+
+def dist(s, t, *, temperature=1.0, beta=1.0, gamma=1.0):
+  q, p = softmax(s / temperature), softmax(t / temperature)
+  within_example = np.array([1 - np.corrcoef(*pair)[0, 1] for pair in zip(q, p, strict=True)])
+  # The share of example i in 1 - rho of a class: half the squared difference of its two standard scores.
+  score = lambda x: (x - x.mean(0)) / x.std(0)
+  within_class = (score(q) - score(p)) ** 2 / 2
+  correlations = [np.corrcoef(*pair)[0, 1] for pair in zip(q.T, p.T, strict=True)]
+  np.testing.assert_allclose(within_class.mean(0), 1 - np.array(correlations))
+  return temperature**2 * (beta * within_example + gamma * within_class.mean(-1))
+
+
+def class_correlation(s, t, *, temperature=1.0):
+  q, p = softmax(s / temperature), softmax(t / temperature)
+  difference = q.T @ q - p.T @ p
+  shares = np.einsum("ia,ab,ib->i", q, difference, q) - np.einsum("ia,ab,ib->i", p, difference, p)
+  values = len(q) / q.shape[1] * shares
+  np.testing.assert_allclose(values.mean(), np.sum(difference**2) / q.shape[1])
+  return values
+
+
+def batch_correlation(s, t, *, temperature=1.0):
+  q, p = softmax(s / temperature), softmax(t / temperature)
+  return ((q @ q.T - p @ p.T) ** 2).sum(1)
+
+
+def standardize(z):
+  return (z - z.mean(-1, keepdims=True)) / (z.std(-1, ddof=1, keepdims=True) + 1e-7)
+
+
+def standardized(reference):
+  return lambda s, t, *rest, **hyper: reference(standardize(s), standardize(t), *rest, **hyper)
+
+
+logits = pairs_of(7)
+few_classes = pairs_of(4)
+
+
+def labelled(classes):
+  return lambda rng, batch: (*pairs_of(classes)(rng, batch), rng.integers(classes, size=batch))
+
+
+SOFT = {"temperature": 3.0}
+DKD = {"temperature": 3.0, "alpha": 0.7, "beta": 5.0}
+NKD = {"temperature": 2.0, "gamma": 1.2}
+DIST = {"temperature": 2.0, "beta": 0.7, "gamma": 1.3}
+standardized_kl, standardized_dkd = losses.standardized(losses.kl_soft_targets), losses.standardized(losses.dkd)
+standardized_dist = losses.standardized(losses.dist)
+
+CASES = [
+  Case(losses.kl_soft_targets, kl_soft_targets, logits, SOFT, kind="logits"),
+  Case(losses.hard_targets, hard_targets, logits, kind="logits", zero_at_equality=False),
+  Case(losses.dkd, dkd, labelled(7), DKD, kind="logits"),
+  Case(losses.dkd, dkd, labelled(2), DKD, kind="logits", label="two-classes"),
+  Case(losses.nkd, nkd, labelled(7), NKD, kind="logits", zero_at_equality=False),
+  Case(losses.nkd, nkd, labelled(2), NKD, kind="logits", zero_at_equality=False, label="two-classes"),
+  Case(losses.dist, dist, logits, DIST, kind="logits", compares=True),
+  Case(losses.class_correlation, class_correlation, logits, SOFT, kind="logits", compares=True),
+  Case(
+    losses.class_correlation, class_correlation, few_classes, SOFT, kind="logits", compares=True, label="few-classes"
+  ),
+  Case(losses.batch_correlation, batch_correlation, logits, SOFT, kind="logits", compares=True),
+  Case(standardized_kl, standardized(kl_soft_targets), logits, SOFT, kind="logits", label="standardized"),
+  Case(standardized_dkd, standardized(dkd), labelled(7), DKD, kind="logits", label="standardized"),
+  Case(standardized_dist, standardized(dist), logits, DIST, kind="logits", compares=True, label="standardized"),
+]

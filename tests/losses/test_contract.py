@@ -1,0 +1,254 @@
+"""The contract of DESIGN.md, tried on every public loss."""
+
+import functools
+import inspect
+
+import family_contrastive
+import family_divergences
+import family_features
+import family_logits
+import family_relations
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from kdflax import losses
+
+FAMILIES = (family_contrastive, family_divergences, family_features, family_logits, family_relations)
+CASES = [case for family in FAMILIES for case in family.CASES]
+# Public, but not a loss of this form; `crd` returns its memory as well and is tested in test_crd.py.
+NOT_PER_EXAMPLE = {"masked_mean", "masked_sum", "ofd_margin", "standardize_logits", "standardized", "crd", "crd_memory"}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 1e-2}
+BATCH = 6
+
+
+def for_each(cases):
+  """Parametrizes over cases; one worker of a parallel run takes all tests of a case and compiles it once."""
+  marked = [pytest.param(case, marks=pytest.mark.xdist_group(str(case))) for case in cases]
+  return pytest.mark.parametrize("case", marked, ids=str)
+
+
+each_case = for_each(CASES)
+
+
+def rng_of(case):
+  return np.random.default_rng(sum(map(ord, str(case))))
+
+
+def inputs_of(case, batch=BATCH):
+  return case.inputs(rng_of(case), batch)
+
+
+def cast(arrays, dtype):
+  return [jnp.asarray(a, dtype if a.dtype.kind == "f" else jnp.int32) for a in arrays]
+
+
+def assert_close(got, expected, dtype):
+  """Relative to the largest entry expected."""
+  got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+  assert got.shape == expected.shape
+  np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE[dtype] * max(np.abs(expected).max(initial=0), 1e-30))
+
+
+@functools.cache
+def _compiled(label):
+  case = next(case for case in CASES if str(case) == label)
+
+  def run(arrays, hyper, where):
+    floats = {i: a for i, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.floating)}
+
+    def total(floats):
+      values = case.loss(*(floats.get(i, a) for i, a in enumerate(arrays)), **hyper, **case.static, where=where)
+      return jnp.sum(values * jnp.cos(jnp.arange(values.size, dtype=values.dtype)).reshape(values.shape)), values
+
+    (_, values), gradients = jax.value_and_grad(total, has_aux=True)(floats)
+    return values, list(gradients.values())
+
+  return jax.jit(run)
+
+
+def run(case, arrays, where=None):
+  """(values, gradients of a fixed combination of them) of the jitted loss, with traced hyper-parameters."""
+  where = np.ones(len(arrays[0]), bool) if where is None else where
+  values, gradients = _compiled(str(case))(list(arrays), dict(case.hyper), where)
+  return np.asarray(values), [np.asarray(g) for g in gradients]
+
+
+def test_every_public_loss_has_a_case():
+  public = {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))} - NOT_PER_EXAMPLE
+  assert public == {case.loss.__name__ for case in CASES}
+
+
+@each_case
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_value_matches_the_reference(case, dtype):
+  with jax.enable_x64(dtype == "float64"):
+    arrays = cast(inputs_of(case), dtype)
+    values, _ = run(case, arrays)
+    rounded = [np.asarray(a, np.float64 if a.dtype != jnp.int32 else np.int64) for a in arrays]
+  assert values.dtype == ("float64" if dtype == "float64" else "float32")
+  # Inside, everything is float32 or wider: bfloat16 inputs lose nothing beyond their own rounding.
+  assert_close(values, case.reference(*rounded, **case.hyper, **case.static), dtype.replace("bfloat16", "float32"))
+
+
+@each_case
+def test_derivatives_match_finite_differences(case):
+  with jax.enable_x64(True):
+    arrays = cast(inputs_of(case), "float64")
+    floats = [a for a in arrays if a.dtype != jnp.int32]
+
+    @jax.jit
+    def loss(*floats):
+      it = iter(floats)
+      return case.loss(*(a if a.dtype == jnp.int32 else next(it) for a in arrays), **case.hyper, **case.static)
+
+    check_grads(loss, floats, order=1, modes=["fwd", "rev"], rtol=1e-5)
+    if case.hessian:
+      gradient = jax.jit(jax.grad(lambda *floats: jnp.sum(loss(*floats) ** 2)))
+      check_grads(gradient, floats, order=1, modes=["fwd"], rtol=1e-4)
+
+
+@each_case
+def test_eager_equals_jit(case):
+  arrays = cast(inputs_of(case), "float32")
+  assert_close(case.loss(*arrays, **case.hyper, **case.static), run(case, arrays)[0], "float32")
+
+
+@each_case
+def test_where_equals_dropping(case):
+  where = np.array([True, False, True, True, False, True])
+  arrays = inputs_of(case)
+  poisoned = [a.copy() for a in arrays]
+  for a in poisoned:
+    a[~where] = np.nan if a.dtype.kind == "f" else -1
+  with jax.enable_x64(True):
+    values, gradients = run(case, cast(poisoned, "float64"), where)
+    np.testing.assert_array_equal(values[~where], 0)
+    for gradient in gradients:
+      np.testing.assert_array_equal(gradient[~where], 0)
+    # The combination of values in `run` weighs by position: the kept rows go first in both.
+    kept = [a[where] for a in arrays]
+    padded = [np.concatenate([a, p[~where]]) for a, p in zip(kept, poisoned, strict=True)]
+    first = np.arange(BATCH) < where.sum()
+    moved_values, moved_gradients = run(case, cast(padded, "float64"), first)
+    alone_values, alone_gradients = run(case, cast(kept, "float64"))
+  assert_close(values[where], moved_values[first], "float64")
+  assert_close(moved_values[first], alone_values, "float64")
+  for moved, alone in zip(moved_gradients, alone_gradients, strict=True):
+    assert_close(moved[first], alone, "float64")
+  with jax.enable_x64(True):
+    nothing, gradients = run(case, cast(poisoned, "float64"), np.zeros(BATCH, bool))
+  assert not nothing.any() and not any(g.any() for g in gradients)
+
+
+def degenerate_inputs(case, arrays):
+  """Inputs at which a careless implementation is NaN, by name; floats are changed, integers stay."""
+
+  def changed(change, sides=(*case.students, *case.teachers)):
+    return [change(a.copy()) if i in sides and a.dtype.kind == "f" else a for i, a in enumerate(arrays)]
+
+  def first_everywhere(a):
+    a[:] = a[:1]
+    return a
+
+  def duplicate(a):
+    a[1] = a[0]
+    return a
+
+  def zero_row(a):
+    a[2] = 0
+    return a
+
+  yield "duplicate rows", changed(duplicate)
+  yield "zero rows", changed(zero_row)
+  yield "collapsed student", changed(first_everywhere, case.students)
+  yield "collapsed", changed(first_everywhere)
+  yield "zeros", changed(np.zeros_like)
+  yield "constant", changed(np.ones_like)
+  yield "offset", changed(lambda a: a + 1e3)
+  yield "batch of 1", [a[:1] for a in arrays]
+  yield "batch of 2", [a[:2] for a in arrays]
+  if case.kind == "logits":
+    yield "large logits", changed(lambda a: 1e4 * np.sign(a))
+    yield "opposed large logits", [1e4 * np.sign(arrays[0]), -1e4 * np.sign(arrays[0]), *arrays[2:]]
+
+    def without_last_class(a):
+      a[..., -1] = -np.inf
+      return a
+
+    yield "a class masked on both sides", changed(without_last_class)
+
+
+@each_case
+def test_degenerate_inputs_stay_finite(case):
+  for name, arrays in degenerate_inputs(case, inputs_of(case)):
+    for dtype in ("float32", "bfloat16") if len(arrays[0]) == BATCH else ("float32",):
+      values, gradients = run(case, cast(arrays, dtype))
+      assert np.isfinite(values).all(), (name, dtype, values)
+      assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradients), (name, dtype)
+
+
+@each_case
+def test_equal_student_and_teacher(case):
+  if not case.zero_at_equality:
+    pytest.skip("not zero by definition")
+  arrays = cast(inputs_of(case), "float32")
+  for student, teacher in zip(case.students, case.teachers, strict=True):
+    arrays[teacher] = arrays[student]
+  values, gradients = run(case, arrays)
+  scale = max(1.0, *(float(jnp.abs(arrays[student]).max()) for student in case.students))
+  np.testing.assert_allclose(values, 0, atol=1e-6 * scale)
+  for student in case.students:
+    np.testing.assert_allclose(gradients[student], 0, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("way", ["jit", "shard_map", "shard_map, gradient inside", "pmap"])
+@for_each([case for case in CASES if case.compares])
+def test_eight_devices_equal_one(case, way):
+  batch = 16
+  arrays = cast(inputs_of(case, batch), "float32")
+  where = np.arange(batch) % 5 != 0  # uneven: some devices have two examples, some one
+  scale = jnp.linspace(0.5, 1.5, arrays[0][0].size).reshape(arrays[0].shape[1:])
+
+  def mean(scale, where, first, *rest, axis_name=None):
+    values = case.loss(first * scale, *rest, **case.hyper, **case.static, where=where, axis_name=axis_name)
+    return losses.masked_mean(values, where, axis_name)
+
+  one = jax.jit(jax.value_and_grad(mean))(scale, where, *arrays)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  local = functools.partial(mean, axis_name="data")
+  if way == "jit":
+    spread = jax.device_put((where, *arrays), NamedSharding(mesh, P("data")))
+    value, gradient = jax.jit(jax.value_and_grad(mean))(scale, *spread)
+  elif way == "pmap":
+    step = lambda *inputs: jax.lax.pmean(jax.value_and_grad(local)(*inputs), "data")
+    split = [a.reshape(8, 2, *a.shape[1:]) for a in (where, *arrays)]
+    value, gradient = (x[0] for x in jax.pmap(step, "data", in_axes=(None, *[0] * len(split)))(scale, *split))
+  else:
+    specs = (P(), *[P("data")] * (1 + len(arrays)))
+    if way == "shard_map":
+      step = jax.value_and_grad(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))
+    else:
+      step = jax.shard_map(jax.value_and_grad(local), mesh=mesh, in_specs=specs, out_specs=(P(), P()))
+    value, gradient = jax.jit(step)(scale, where, *arrays)
+  assert_close(value, one[0], "float32")
+  assert_close(gradient, one[1], "float32")
+
+
+@each_case
+def test_mistakes_are_named(case):
+  arrays = cast(inputs_of(case), "float32")
+  names = list(inspect.signature(case.loss).parameters)
+  call = functools.partial(case.loss, **case.hyper, **case.static)
+  with pytest.raises(ValueError, match=rf"(?s){names[1]}.*{arrays[0].shape[0]}.*{BATCH - 1}"):
+    call(arrays[0], arrays[1][:-1], *arrays[2:])
+  with pytest.raises(ValueError, match=rf"{names[0]}.*floating.*int32"):
+    call(arrays[0].astype("int32"), *arrays[1:])
+  with pytest.raises(ValueError, match="where must be bool"):
+    call(*arrays, where=jnp.ones(BATCH + 1, bool))
+  with pytest.raises(ValueError, match="where must be bool"):
+    call(*arrays, where=jnp.ones(BATCH))

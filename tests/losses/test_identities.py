@@ -1,0 +1,196 @@
+"""What the formulas imply: invariances, limits, relations between losses, and digits that must not be lost."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from family_divergences import forward_kl, jensen_shannon, reverse_kl
+from family_logits import softmax
+
+from kdflax import losses
+
+RELATIONS = (
+  losses.similarity_preserving,
+  losses.pkt,
+  losses.correlation_congruence,
+  losses.rkd_distance,
+  losses.rkd_angle,
+)
+DIVERGENCES = (
+  losses.forward_kl,
+  losses.reverse_kl,
+  losses.total_variation,
+  losses.skew_kl,
+  losses.reverse_skew_kl,
+  losses.jensen_shannon,
+)
+LOGIT_LOSSES = (*DIVERGENCES, losses.kl_soft_targets, losses.dist, losses.class_correlation, losses.batch_correlation)
+
+by_name = functools.partial(pytest.mark.parametrize, ids=lambda loss: loss.__name__)
+
+
+def float64(test):
+  @functools.wraps(test)
+  def run(*args, **kwargs):
+    with jax.enable_x64(True):
+      test(*args, **kwargs)
+
+  return run
+
+
+def features(seed=0, batch=6, width=5):
+  return np.random.default_rng(seed).normal(size=(2, batch, width))
+
+
+@by_name("loss", RELATIONS)
+@float64
+def test_relations_follow_a_permutation_and_ignore_a_rotation(loss):
+  student, teacher = features()
+  expected = np.asarray(loss(student, teacher))
+  assert expected.max() > 0
+  order = np.random.default_rng(1).permutation(len(student))
+  rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(5, 5)))
+  np.testing.assert_allclose(loss(student[order], teacher[order]), expected[order], rtol=1e-9)
+  np.testing.assert_allclose(loss(student @ rotation, teacher), expected, rtol=1e-9)
+
+
+@by_name("loss", (losses.similarity_preserving, losses.pkt, losses.rkd_distance, losses.rkd_angle))
+@float64
+def test_relations_ignore_the_scale(loss):
+  student, teacher = features()
+  for scale in (1e-3, 1e3):
+    np.testing.assert_allclose(loss(scale * student, teacher), loss(student, teacher), rtol=1e-9)
+
+
+@by_name("loss", (losses.rkd_distance, losses.rkd_angle))
+@float64
+def test_relational_distillation_ignores_a_translation(loss):
+  student, teacher = features()
+  np.testing.assert_allclose(loss(student + 1e3, teacher - 7), loss(student, teacher), rtol=1e-9)
+
+
+@pytest.mark.parametrize("width", [3, 512, 16384])
+def test_equal_rows_far_from_the_origin_are_at_distance_zero(width):
+  student, teacher = 100 + features(batch=4, width=width).astype(np.float32)
+  student[1] = student[0]
+  # With three of four rows equal, and the teacher's so too, every distance is 0 or the same: nothing is left to match.
+  student[2] = student[0]
+  teacher[1:3] = teacher[0]
+  np.testing.assert_array_equal(losses.rkd_distance(student, teacher)[:3] < 1e-12, True)
+  value, gradient = jax.value_and_grad(lambda s: losses.rkd_angle(s, teacher).sum())(student)
+  assert value < 1e-10 and np.isfinite(gradient).all()
+
+
+@by_name("loss", LOGIT_LOSSES)
+@float64
+def test_logit_losses_ignore_a_shift(loss):
+  student, teacher = features()
+  shift = np.arange(6.0)[:, None]
+  np.testing.assert_allclose(loss(student + shift, teacher - 2 * shift), loss(student, teacher), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_hot_soft_targets_are_half_the_variance_of_the_difference(dtype):
+  """KL at temperature T is `var_c(s - t) / (2 T^2)` up to O(T^-3)."""
+  student, teacher = features()
+  with jax.enable_x64(dtype == "float64"):
+    values = losses.kl_soft_targets(student.astype(dtype), teacher.astype(dtype), temperature=1e4)
+  np.testing.assert_allclose(values, (student - teacher).var(axis=-1) / 2, rtol=2e-3)
+
+
+@float64
+def test_jensen_shannon_is_symmetric_at_one_half():
+  student, teacher = features()
+  there, back = losses.jensen_shannon(student, teacher, beta=0.5), losses.jensen_shannon(teacher, student, beta=0.5)
+  np.testing.assert_allclose(there, back, rtol=1e-9)
+  assert (np.asarray(there) < np.log(2)).all()
+  disjoint = np.array([[1e4, 0.0], [0.0, 1e4]])
+  np.testing.assert_allclose(losses.jensen_shannon(disjoint, disjoint[::-1], beta=0.5), np.log(2), rtol=1e-9)
+
+
+def test_jensen_shannon_refuses_a_beta_outside_the_unit_interval():
+  with pytest.raises(ValueError, match=r"beta.*0 and 1.*1\.5"):
+    losses.jensen_shannon(*features(), beta=1.5)
+
+
+@float64
+def test_skewed_divergences_without_skew_are_the_two_directions():
+  student, teacher = features()
+  skew, reverse = (jax.jit(loss) for loss in (losses.skew_kl, losses.reverse_skew_kl))
+  np.testing.assert_allclose(skew(student, teacher, alpha=0.0), forward_kl(student, teacher), rtol=1e-9)
+  np.testing.assert_allclose(reverse(student, teacher, alpha=0.0), reverse_kl(student, teacher), rtol=1e-9)
+
+
+@float64
+def test_decoupled_parts_add_up_to_soft_targets():
+  """KL(p || q) = KL(b_p || b_q) + (1 - p_y) KL(p^ || q^)."""
+  student, teacher = features()
+  labels = np.array([0, 3, 2, 4, 1, 1])
+  parts = functools.partial(losses.dkd, student, teacher, labels, temperature=3.0)
+  rest = 1 - np.take_along_axis(softmax(teacher / 3), labels[:, None], -1)[:, 0]
+  total = parts(alpha=1.0, beta=0.0) + rest * parts(alpha=0.0, beta=1.0)
+  np.testing.assert_allclose(total, losses.kl_soft_targets(student, teacher, temperature=3.0), rtol=1e-9)
+
+
+def test_decoupled_loss_of_two_classes_has_no_second_part():
+  student, teacher = features(width=2)
+  values = losses.dkd(student, teacher, np.array([0, 1] * 3), alpha=0.0, beta=1.0)
+  np.testing.assert_array_equal(values, 0)
+
+
+@by_name("loss", (losses.dkd, losses.nkd))
+def test_labels_are_checked(loss):
+  student, teacher = features()
+  with pytest.raises(ValueError, match=r"labels must be integers.*float32"):
+    loss(student, teacher, np.ones(6, np.float32))
+  with pytest.raises(ValueError, match=r"labels \(5,\)"):
+    loss(student, teacher, np.ones(5, int))
+  np.testing.assert_array_equal(np.isnan(loss(student, teacher, np.array([0, 1, 5, -1, 2, 3]))), [0, 0, 1, 1, 0, 0])
+
+
+@float64
+def test_constant_logits_are_standardised_to_zero_with_the_gradient_of_the_centring():
+  cotangent = np.arange(5.0)
+  values, pullback = jax.vjp(losses.standardize_logits, jnp.full(5, 0.1))
+  np.testing.assert_array_equal(values, 0)
+  np.testing.assert_allclose(pullback(cotangent)[0], (cotangent - cotangent.mean()) * 1e7, rtol=1e-9)
+
+
+def test_standardised_logits_keep_an_impossible_class_out_of_their_statistics():
+  logits = np.array([1.0, 2.0, 4.0, -np.inf], np.float32)
+  got = losses.standardize_logits(logits)
+  np.testing.assert_allclose(got[:3], losses.standardize_logits(logits[:3]), rtol=1e-6)
+  assert got[3] == -np.inf
+
+
+@float64
+def test_correlation_with_a_constant_is_zero_and_of_two_constants_one():
+  student, teacher = features()
+  within = functools.partial(losses.dist, beta=1.0, gamma=0.0)
+  np.testing.assert_allclose(within(np.ones_like(student), teacher), 1, rtol=1e-9)
+  np.testing.assert_array_equal(within(np.ones_like(student), np.zeros_like(student)), 0)
+
+
+@by_name("loss", DIVERGENCES)
+def test_nearly_equal_bfloat16_vocabularies(loss):
+  """In the dtype of the inputs the sums over 32,000 classes have no digit left, and some come out negative."""
+  rng = np.random.default_rng(0)
+  teacher = jnp.asarray(3 * rng.normal(size=(2, 32_000)), jnp.bfloat16)
+  student = jnp.asarray(np.float64(teacher) + 0.2 * rng.normal(size=teacher.shape), jnp.bfloat16)
+  got = loss(student, teacher)
+  with jax.enable_x64(True):
+    exact = loss(jnp.asarray(student, jnp.float64), jnp.asarray(teacher, jnp.float64))
+  assert got.dtype == jnp.float32 and exact.dtype == jnp.float64
+  np.testing.assert_allclose(got, exact, rtol=1e-2)
+  if loss is losses.jensen_shannon:
+    np.testing.assert_allclose(exact, jensen_shannon(*np.float64([student, teacher])), rtol=1e-9)
+
+
+def test_float32_divergence_of_nearly_equal_logits_keeps_its_digits():
+  student, teacher = features()
+  student = (teacher + 1e-3 * student).astype(np.float32)
+  teacher = teacher.astype(np.float32)
+  got = losses.forward_kl(student, teacher)
+  np.testing.assert_allclose(got, forward_kl(np.float64(student), np.float64(teacher)), rtol=2e-3)
