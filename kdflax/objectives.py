@@ -1,0 +1,150 @@
+"""Objectives: losses bound to the named outputs of any number of models.
+
+A context is a nested dict, `{"student": Outputs, "teacher": Outputs, ..., "batch": {...}}`. A Term says where in it the
+arguments of a loss are found and how much the loss weighs; an objective is a dict of Terms.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kdflax.losses import masked_mean, masked_sum
+from kdflax.losses._examples import AxisName
+
+Context = Mapping[str, Any]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+_KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """A loss, the context paths that its arguments come from, and a weight.
+
+  Attributes:
+    loss: a function of named arrays that returns one value per example (or a scalar). Any function will do, kdflax's or
+      not; `functools.partial` fixes static hyper-parameters.
+    inputs: argument name -> where its value comes from: a context path such as `"student.features.stage1"`, an
+      `optax.Schedule` called with the step (a temperature that changes), or a constant. `"where"` (one bool per
+      example) may always be given: it masks the mean, and goes to the loss as well if that has a keyword-only
+      `where`, as kdflax's losses do. Optax's `where` is positional and means classes; it is left alone.
+    weight: number >= 0, scalar array, or `optax.Schedule`.
+    stop_gradient: context paths whose arrays get no gradient through this Term, with all that lies below them.
+
+  Raises:
+    ValueError: if the loss has no argument of a given name, one it requires is missing, or a weight is negative.
+  """
+
+  loss: Callable[..., Any]
+  inputs: Mapping[str, Any]
+  weight: float | jax.Array | optax.Schedule = 1.0
+  stop_gradient: tuple[str, ...] = ("teacher",)
+
+  def __post_init__(self):
+    name, parameters = _name(self.loss), _parameters(self.loss)
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+      unknown = set(self.inputs) - set(parameters) - {"where"}
+      if unknown:
+        raise ValueError(f"{name} has no argument {sorted(unknown)}; it has {list(parameters)}")
+    required = {n for n, p in parameters.items() if p.default is p.empty and p.kind not in _VARIADIC}
+    if required - set(self.inputs):
+      raise ValueError(f"{name} needs {sorted(required - set(self.inputs))}; inputs name only {sorted(self.inputs)}")
+    if isinstance(self.weight, int | float) and not self.weight >= 0:
+      raise ValueError(f"the weight of {name} must be at least 0; got {self.weight}")
+    if isinstance(self.stop_gradient, str):
+      raise ValueError(f"stop_gradient must be a tuple of context paths; write ({self.stop_gradient!r},)")
+
+
+def evaluate(
+  terms: Mapping[str, Term], context: Context, step: jax.Array | int = 0, *, axis_name: AxisName = None
+) -> tuple[dict[str, jax.Array], Metrics]:
+  """Evaluates every Term of an objective on a context.
+
+  Args:
+    terms: Terms by name.
+    context: outputs of the models by name, and the batch.
+    step: the training step, for weights and arguments that are schedules.
+    axis_name: mapped axis of `pmap` or `shard_map` that the batch is spread over; also passed to the losses that
+      compare examples. Under plain `jit` on a mesh it stays None.
+
+  Returns:
+    The weighted mean of each Term by name (their sum is the objective), and its unweighted (sum, count) by name,
+    ready to be added up over batches.
+
+  Raises:
+    ValueError: if a path does not exist (with what exists there), or all weights are the number 0.
+  """
+  if terms and all(isinstance(term.weight, int | float) and term.weight == 0 for term in terms.values()):
+    raise ValueError(f"all weights are 0: {list(terms)}; an objective needs at least one positive weight")
+  values, metrics = {}, {}
+  for name, term in terms.items():
+    try:
+      value, where = per_example(term, context, step, axis_name)
+    except (ValueError, TypeError, AssertionError) as error:
+      error.add_note(f"in term {name!r}")
+      raise
+    weight = term.weight(step) if callable(term.weight) else term.weight
+    values[name] = weight * masked_mean(value, where, axis_name)
+    metrics[name] = jax.lax.stop_gradient(masked_sum(value, where, axis_name))
+  return values, metrics
+
+
+def per_example(
+  term: Term, context: Context, step: jax.Array | int = 0, axis_name: AxisName = None
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns what the loss of a Term returns, and its `where`."""
+  arguments = {argument: _value(source, term, context, step) for argument, source in term.inputs.items()}
+  where = arguments.get("where")
+  function = term.loss
+  while isinstance(function, functools.partial):  # which turns positional arguments into keyword-only ones
+    function = function.func
+  parameters = _parameters(function)
+  if "where" in arguments and ("where" not in parameters or parameters["where"].kind is not _KEYWORD_ONLY):
+    del arguments["where"]
+  if axis_name is not None and "axis_name" in parameters:
+    arguments["axis_name"] = axis_name
+  return jnp.asarray(term.loss(**arguments)), where
+
+
+def lookup(context: Context, path: str) -> Any:
+  """Returns what lies at a dotted path of a context.
+
+  Raises:
+    ValueError: if the path does not exist, with what exists where it ends.
+  """
+  found: Any = context
+  for depth, key in enumerate(path.split(".")):
+    if not isinstance(found, Mapping) or key not in found:
+      parent = ".".join(path.split(".")[:depth]) or "the context"
+      there = f"has {sorted(found)}" if isinstance(found, Mapping) else f"is an array of shape {jnp.shape(found)}"
+      raise ValueError(f"no {path!r} in the context: {parent} {there}")
+    found = found[key]
+  return found
+
+
+def _value(source: Any, term: Term, context: Context, step: jax.Array | int) -> Any:
+  if callable(source):
+    return source(step)
+  if not isinstance(source, str):
+    return source
+  value = lookup(context, source)
+  return jax.lax.stop_gradient(value) if is_stopped(term, source) else value
+
+
+def is_stopped(term: Term, path: str) -> bool:
+  """Whether a Term gives no gradient to what lies at a path."""
+  return any(path == stopped or path.startswith(stopped + ".") for stopped in term.stop_gradient)
+
+
+def _parameters(loss: Callable) -> Mapping[str, inspect.Parameter]:
+  return inspect.signature(loss).parameters
+
+
+def _name(loss: Callable) -> str:
+  return getattr(loss, "__name__", None) or getattr(getattr(loss, "func", None), "__name__", repr(loss))

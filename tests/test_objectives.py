@@ -1,0 +1,221 @@
+"""Terms find their mistakes when they are made, and objectives are the weighted means that a reader would write."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kdflax import losses
+from kdflax.objectives import Term, evaluate, lookup
+from kdflax.training import make_mesh
+
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+HARD = {"logits": "student.logits", "labels": "batch.label"}
+SOFT = {"student_logits": "student.logits", "teacher_logits": "teacher.logits"}
+BATCH, CLASSES = 6, 3
+
+
+def _context(seed=0, batch=BATCH):
+  random = np.random.default_rng(seed)
+  draw = lambda *shape: random.normal(size=shape).astype(np.float32)
+  return {
+    "student": {"logits": draw(batch, CLASSES), "embedding": draw(batch, 4), "features": {"stage1": draw(batch, 2)}},
+    "teacher": {"logits": draw(batch, CLASSES), "embedding": draw(batch, 5)},
+    "batch": {"label": random.integers(CLASSES, size=batch), "where": np.arange(batch) % 3 != 1},
+  }
+
+
+def _log_softmax(logits):
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def _cross_entropy(context):
+  log_probs = _log_softmax(np.asarray(context["student"]["logits"], np.float64))
+  return -log_probs[np.arange(len(log_probs)), context["batch"]["label"]]
+
+
+def _kl(context, temperature):
+  log_p = _log_softmax(np.asarray(context["teacher"]["logits"], np.float64) / temperature)
+  log_q = _log_softmax(np.asarray(context["student"]["logits"], np.float64) / temperature)
+  return temperature**2 * (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"inputs": {**SOFT, "temprature": 4.0}}, r"kl_soft_targets has no argument \['temprature'\].*'temperature'"),
+    ({"inputs": {"student_logits": "student.logits"}}, r"kl_soft_targets needs \['teacher_logits'\]"),
+    ({"inputs": SOFT, "weight": -0.5}, r"weight of kl_soft_targets must be at least 0; got -0.5"),
+    ({"inputs": SOFT, "weight": float("nan")}, r"must be at least 0; got nan"),
+    ({"inputs": SOFT, "stop_gradient": "teacher"}, r"write \('teacher',\)"),
+  ],
+)
+def test_a_mistaken_term_fails_when_it_is_written(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    Term(losses.kl_soft_targets, **arguments)
+
+
+def test_a_mistake_in_a_partial_names_the_function():
+  with pytest.raises(ValueError, match="kl_soft_targets has no argument"):
+    Term(functools.partial(losses.kl_soft_targets, temperature=2.0), {**SOFT, "logits": "student.logits"})
+
+
+def test_what_the_loss_has_beyond_its_names_is_allowed():
+  Term(lambda student, **rest: student, {"student": "student.logits", "anything": 1})
+  Term(cross_entropy, {**HARD, "where": "batch.where"})
+
+
+def test_values_are_weighted_means_and_metrics_are_unweighted_sums():
+  context, where = _context(), _context()["batch"]["where"]
+  terms = {
+    "hard": Term(cross_entropy, {**HARD, "where": "batch.where"}, 0.25),
+    "soft": Term(losses.kl_soft_targets, {**SOFT, "temperature": 4.0}, 2.0),
+  }
+  values, metrics = evaluate(terms, context)
+  hard, soft = _cross_entropy(context), _kl(context, 4.0)
+  np.testing.assert_allclose(values["hard"], 0.25 * hard[where].mean(), rtol=1e-5)
+  np.testing.assert_allclose(values["soft"], 2 * soft.mean(), rtol=1e-5)
+  np.testing.assert_allclose(metrics["hard"], (hard[where].sum(), where.sum()), rtol=1e-5)
+  np.testing.assert_allclose(metrics["soft"], (soft.sum(), BATCH), rtol=1e-5)
+
+
+def test_weights_and_arguments_follow_schedules_of_a_traced_step():
+  context = _context()
+  weight, temperature = optax.linear_schedule(0.0, 1.0, 10), optax.linear_schedule(1.0, 5.0, 4)
+  terms = {"soft": Term(losses.kl_soft_targets, {**SOFT, "temperature": temperature}, weight)}
+  value = jax.jit(lambda step: evaluate(terms, context, step)[0]["soft"])
+  for step in (0, 2, 4, 20):
+    expected = min(step / 10, 1) * _kl(context, 1 + min(step, 4)).mean()
+    np.testing.assert_allclose(value(jnp.int32(step)), expected, rtol=1e-5)
+
+
+def _gradients(terms, context):
+  """Of the objective, by the floating arrays of the context."""
+
+  def objective(models):
+    return sum(evaluate(terms, {**models, "batch": context["batch"]})[0].values())
+
+  return jax.grad(objective)({name: context[name] for name in ("student", "teacher")})
+
+
+def test_the_teacher_gets_no_gradient_unless_it_is_asked_for():
+  stopped = _gradients({"soft": Term(losses.kl_soft_targets, SOFT)}, _context())
+  flows = _gradients({"soft": Term(losses.kl_soft_targets, SOFT, stop_gradient=())}, _context())
+  assert not np.any(stopped["teacher"]["logits"])
+  assert np.all(np.abs(flows["teacher"]["logits"]).sum(-1) > 0)
+  np.testing.assert_array_equal(stopped["student"]["logits"], flows["student"]["logits"])
+
+
+def test_a_stopped_path_covers_what_lies_below_it_and_no_longer_name():
+  assert not np.any(_gradients({"t": _hint("student.features.stage1", ("student.features",))}, _context())["student"]
+      ["features"]["stage1"])  # fmt: skip
+  flowing = _gradients({"t": _hint("student.features.stage1", ("student.feat",))}, _context())
+  assert np.any(flowing["student"]["features"]["stage1"])
+
+
+def _hint(path, stop_gradient):
+  return Term(losses.hint, {"student": path, "teacher": jnp.zeros((BATCH, 2))}, stop_gradient=stop_gradient)
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: loss, functools.partial], ids=["plain", "partial"])
+def test_where_goes_to_losses_that_know_it_and_stays_away_from_optax(wrap):
+  """Relations between the rows of a batch need the mask inside; Optax's `where` would mean classes."""
+  context = _context()
+  where = context["batch"]["where"]
+  pair = {"student": "student.embedding", "teacher": "teacher.embedding", "where": "batch.where"}
+  targets = {"log_predictions": "student.logits", "targets": "teacher.logits", "where": "batch.where"}
+  values, metrics = evaluate(
+    {"relation": Term(wrap(losses.rkd_distance), pair), "optax": Term(wrap(optax.kl_divergence), targets)}, context
+  )
+  kept = losses.rkd_distance(context["student"]["embedding"][where], context["teacher"]["embedding"][where])
+  np.testing.assert_allclose(values["relation"], kept.mean(), rtol=1e-5)
+  rows = optax.kl_divergence(context["student"]["logits"], context["teacher"]["logits"])
+  np.testing.assert_allclose(values["optax"], rows[where].mean(), rtol=1e-5)
+  assert float(metrics["relation"][1]) == where.sum()
+
+
+def test_a_partial_that_fixes_a_hyper_parameter_is_that_loss():
+  context = _context()
+  terms = {"soft": Term(functools.partial(losses.kl_soft_targets, temperature=3.0), {**SOFT, "where": "batch.where"})}
+  expected = _kl(context, 3.0)[context["batch"]["where"]].mean()
+  np.testing.assert_allclose(evaluate(terms, context)[0]["soft"], expected, rtol=1e-5)
+
+
+def test_nan_in_masked_rows_reaches_no_value_and_no_gradient():
+  clean, broken = _context(), _context()
+  for name in ("student", "teacher"):
+    broken[name] = jax.tree.map(lambda x: np.where(broken["batch"]["where"][:, None], x, np.nan), broken[name])
+  pair = {"student": "student.embedding", "teacher": "teacher.embedding", "where": "batch.where"}
+  terms = {
+    "soft": Term(losses.kl_soft_targets, {**SOFT, "where": "batch.where"}),
+    "relation": Term(losses.rkd_distance, pair),
+  }
+  jax.tree.map(np.testing.assert_array_equal, evaluate(terms, clean), evaluate(terms, broken))
+  jax.tree.map(np.testing.assert_array_equal, _gradients(terms, clean), _gradients(terms, broken))
+  assert np.any(_gradients(terms, broken)["student"]["embedding"])
+
+
+@pytest.mark.parametrize(
+  ("path", "message"),
+  [
+    ("student.logit", r"no 'student.logit' in the context: student has \['embedding', 'features', 'logits'\]"),
+    ("assistant.logits", r"the context has \['batch', 'student', 'teacher'\]"),
+    ("student.logits.left", r"student.logits is an array of shape \(6, 3\)"),
+  ],
+)
+def test_a_wrong_path_lists_what_exists_and_names_the_term(path, message):
+  terms = {"soft targets": Term(losses.kl_soft_targets, {**SOFT, "student_logits": path})}
+  with pytest.raises(ValueError, match=message) as caught:
+    evaluate(terms, _context())
+  assert caught.value.__notes__ == ["in term 'soft targets'"]
+
+
+def test_a_path_may_end_at_a_dict():
+  assert lookup(_context(), "student.features").keys() == {"stage1"}
+
+
+def test_arrays_that_do_not_fit_name_the_term_and_both_shapes():
+  context = _context()
+  context["teacher"]["logits"] = np.zeros((BATCH, 5), np.float32)
+  with pytest.raises(ValueError, match=r"\(6, 3\).*\(6, 5\)") as caught:
+    evaluate({"soft targets": Term(losses.kl_soft_targets, SOFT)}, context)
+  assert "in term 'soft targets'" in caught.value.__notes__
+
+
+def test_weights_that_are_all_zero_are_refused_and_one_zero_is_not():
+  zero = Term(losses.kl_soft_targets, SOFT, 0.0)
+  with pytest.raises(ValueError, match=r"all weights are 0: \['a', 'b'\]"):
+    evaluate({"a": zero, "b": zero}, _context())
+  values, _ = evaluate({"a": zero, "b": Term(losses.kl_soft_targets, SOFT)}, _context())
+  assert values["a"] == 0 < values["b"]
+
+
+def test_metrics_add_up_over_uneven_batches_to_the_mean_over_all():
+  """A mean of means would weigh the examples of the small batch more."""
+  terms = {"hard": Term(cross_entropy, {**HARD, "where": "batch.where"}, 7.0)}
+  contexts = [_context(0, 6), _context(1, 3)]
+  total, count = np.sum([evaluate(terms, context)[1]["hard"] for context in contexts], axis=0)
+  rows = np.concatenate([_cross_entropy(context)[context["batch"]["where"]] for context in contexts])
+  np.testing.assert_allclose(total / count, rows.mean(), rtol=1e-5)
+  assert count == len(rows)
+
+
+def test_a_relational_objective_over_a_mapped_axis_is_that_of_one_device():
+  """The relations span the devices, and so do the means, although the masks leave them unequal numbers of rows."""
+  context = _context(batch=16)
+  terms = {
+    "relation": Term(losses.rkd_distance, {"student": "student.embedding", "teacher": "teacher.embedding",
+                                           "where": "batch.where"}),
+    "hard": Term(cross_entropy, {**HARD, "where": "batch.where"}, 0.5),
+  }  # fmt: skip
+  spread = jax.jit(
+    jax.shard_map(
+      lambda context: evaluate(terms, context, axis_name="data"), mesh=make_mesh(), in_specs=P("data"), out_specs=P()
+    )
+  )
+  compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
+  jax.tree.map(compare, spread(context), evaluate(terms, context))
