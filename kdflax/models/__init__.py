@@ -1,0 +1,51 @@
+"""Models as pairs of pure functions: networks, and the learnable connectors between them."""
+
+from kdflax.models.adapters import Model, count_bytes, count_parameters, from_linen, from_nnx
+from kdflax.models.composition import compose, stacked, unstack
+from kdflax.models.connectors import (
+  conv_connector,
+  embedding_connector,
+  linear_connector,
+  temperature,
+  vid_connector,
+)
+from kdflax.models.convnet import convnet
+from kdflax.models.deep_connectors import paraphraser, reused_head, review_fusion, translator
+from kdflax.models.experts import cgc, dselect_k, mmoe, ple
+from kdflax.models.mlp import mlp
+from kdflax.models.resnet import RESNETS, resnet
+from kdflax.models.sharing import cross_stitch, feature_sharing, hard_sharing, mtan, soft_sharing, task_head
+
+__all__ = [
+  "RESNETS",
+  "Model",
+  "cgc",
+  "compose",
+  "conv_connector",
+  "convnet",
+  "count_bytes",
+  "count_parameters",
+  "cross_stitch",
+  "dselect_k",
+  "embedding_connector",
+  "feature_sharing",
+  "from_linen",
+  "from_nnx",
+  "hard_sharing",
+  "linear_connector",
+  "mlp",
+  "mmoe",
+  "mtan",
+  "paraphraser",
+  "ple",
+  "resnet",
+  "reused_head",
+  "review_fusion",
+  "soft_sharing",
+  "stacked",
+  "task_head",
+  "temperature",
+  "translator",
+  "unstack",
+  "vid_connector",
+]

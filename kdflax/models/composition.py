@@ -1,0 +1,167 @@
+"""Models made of models: name the parts, say how data flows, and get one `Model`."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from kdflax.models.adapters import Model, Outputs, PyTree
+
+Run = Callable[[str, Model, Mapping[str, Any]], Any]
+
+
+def compose(forward: Callable[[Run, PyTree], Outputs]) -> Model:
+  """Build a model from a function that runs other models.
+
+  `forward(run, batch) -> outputs` calls `run(path, model, source)` for every part. `path` is where the parameters and
+  the state of the part lie (`"task/left/head"`), and gives the part its own randomness; `source`, a batch or the
+  outputs of an earlier part, is where the part finds its inputs: by name (`mlp(input="embedding")`,
+  `convnet(input="features.stage1")`) or by context path (`linear_connector("features.stage1", 8)`).
+
+  The parts are found by tracing `forward` without arrays, so they may depend on shapes, not on values.
+
+  Args:
+    forward: as above; pure, and the same paths at every call.
+
+  Returns:
+    A model whose params and state are nested by the segments of the paths.
+
+  Raises:
+    ValueError: from `init`, if two parts have one path; from `init` and `apply`, if an input does not exist.
+  """
+
+  def init(key, batch):
+    parts: dict[str, tuple[Model, Any]] = {}
+
+    def trace(path, model, source):
+      if path in parts:
+        raise ValueError(f"Two parts of a model are called {path!r}; give each its own path.")
+      x = _view(source, model)
+      parts[path] = model, _specs(x)
+      return model.apply(*model.init(key, x), x, train=False, key=None)[0]
+
+    jax.eval_shape(lambda batch: forward(trace, batch), batch)
+    params, state = {}, {}
+    for path, (model, example) in parts.items():
+      own_params, own_state = model.init(_named_key(key, path), example)
+      _place(params, path, own_params)
+      _place(state, path, own_state)
+    return params, state
+
+  def apply(params, state, batch, *, train, key=None):
+    after: dict[str, Any] = {}
+
+    def run(path, model, source):
+      own_key = None if key is None else _named_key(key, path)
+      x = _view(source, model)
+      outputs, own_state = model.apply(_at(params, path), _at(state, path), x, train=train, key=own_key)
+      _place(after, path, own_state)
+      return outputs
+
+    return forward(run, batch), after
+
+  return Model(init, apply)
+
+
+def stacked(model: Model, copies: int, *, own_inputs: bool = False) -> Model:
+  """Build several copies of a model, their parameters stacked, that one vmapped call runs all at once.
+
+  Args:
+    model: what is copied. Copies start from different keys.
+    copies: how many.
+    own_inputs: whether every copy has an input of its own, along a leading axis of the input; else all read the same.
+
+  Returns:
+    A model whose params, state and outputs have a leading axis of length `copies`. `unstack` takes them apart.
+
+  Raises:
+    ValueError: if `copies` is below 1.
+  """
+  if copies < 1:
+    raise ValueError(f"copies must be at least 1, got {copies}.")
+
+  def init(key, example):
+    spec = lambda x: jax.ShapeDtypeStruct(x.shape[1:] if own_inputs else x.shape, x.dtype)
+    example = jax.tree.map(spec, example)
+    return jax.vmap(lambda own_key: model.init(own_key, example))(jax.random.split(key, copies))
+
+  def apply(params, state, x, *, train, key=None):
+    keys = None if key is None else jax.random.split(key, copies)
+    axes = (0, 0, 0 if own_inputs else None, None if key is None else 0)
+    one = lambda params, state, x, key: model.apply(params, state, x, train=train, key=key)
+    return jax.vmap(one, axes)(params, state, x, keys)
+
+  return Model(init, apply, model.inputs)
+
+
+def unstack(tree: PyTree) -> list[PyTree]:
+  """Take a stacked tree apart: one tree for each entry of the leading axis, as `kdflax.coupling` wants them.
+
+  Args:
+    tree: pytree of arrays [copies, ...], such as the params of a `stacked` model.
+
+  Returns:
+    A list of `copies` trees of arrays [...].
+
+  Raises:
+    ValueError: if the tree has no leaves, or they do not share a leading axis.
+  """
+  lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(tree)}
+  if len(lengths) != 1 or 0 in lengths:
+    shapes = {_keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+    raise ValueError(f"unstack takes arrays with a common leading axis, got {shapes}.")
+  return [jax.tree.map(lambda leaf, i=index: leaf[i], tree) for index in range(lengths.pop())]
+
+
+def look_up(source: Mapping[str, Any], path: str) -> Any:
+  """Return what lies at a dotted path of outputs, or raise ValueError with what exists."""
+  names = _flat(source)
+  if path not in names:
+    raise ValueError(f"There is no {path!r} to read; there is {sorted(names)}.")
+  return names[path]
+
+
+def _view(source: Mapping[str, Any], model: Model) -> Any:
+  """Return what a part is called with: everything by name for a network, the arrays it asks for for a connector."""
+  if model.inputs == "batch":
+    return _flat(source)
+  if isinstance(model.inputs, str):
+    return look_up(source, model.inputs)
+  return tuple(look_up(source, path) for path in model.inputs)
+
+
+def _flat(source: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Return the entries, and those of nested dicts once more under dotted names."""
+  names = {}
+  for name, value in source.items():
+    names[prefix + name] = value
+    if isinstance(value, Mapping):
+      names |= _flat(value, f"{prefix}{name}.")
+  return names
+
+
+def _place(tree: dict[str, Any], path: str, value: PyTree) -> None:
+  if jax.tree.leaves(value):
+    *parents, last = path.split("/")
+    for parent in parents:
+      tree = tree.setdefault(parent, {})
+    tree[last] = value
+
+
+def _at(tree: Mapping[str, Any], path: str) -> PyTree:
+  for part in path.split("/"):
+    tree = tree.get(part, {})
+  return tree
+
+
+def _named_key(key: jax.Array, name: str) -> jax.Array:
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _specs(x: PyTree) -> PyTree:
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+
+
+def _keystr(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")

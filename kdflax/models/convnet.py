@@ -1,0 +1,69 @@
+"""A small convolutional network for images of 8x8 to 32x32."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdflax.models.adapters import Model, Outputs, from_nnx
+from kdflax.models.layers import Convolution, check_dropout, check_rank, check_widths, classifier
+
+
+def convnet(
+  widths: Sequence[int] = (16, 32),
+  num_classes: int | None = 10,
+  *,
+  dropout: float = 0.0,
+  input: str = "image",
+  dtype: jnp.dtype | type | None = None,
+) -> Model:
+  """Build a plain stack of 3x3 convolutions, BatchNorm and ReLU, with a global average pool before the classifier.
+
+  Every stage is one convolution; the first keeps the size of the image, each later one halves it. `features` are
+  `stage1`, `stage2`, ... after the ReLU and `stage1_pre`, ... before it. Convolutions start He normal (fan-out).
+
+  Args:
+    widths: the channels of each stage; at least one.
+    num_classes: the width of `logits`; None for an encoder without a head and without `logits`.
+    dropout: the probability of dropping a channel of the embedding in training.
+    input: the entry of the batch to read, shape [batch, height, width, channels].
+    dtype: the type to compute in; parameters and BatchNorm statistics stay float32.
+
+  Returns:
+    A model with `logits` [batch, num_classes], `embedding` [batch, widths[-1]] (before dropout) and `features`
+    [batch, height / 2^i, width / 2^i, widths[i]]; odd sizes round up.
+
+  Raises:
+    ValueError: if a width is not positive or there is none, dropout is not in [0, 1), or the input has not four axes.
+  """
+  check_widths(widths=widths, num_classes=() if num_classes is None else (num_classes,))
+  check_dropout(dropout)
+  if not widths:
+    raise ValueError("widths must name at least one stage, got ().")
+
+  def make(rngs, example):
+    check_rank(example, 4, "convnet", "[batch, height, width, channels]")
+    return _ConvNet(example.shape[-1], tuple(widths), num_classes, dropout, dtype, rngs)
+
+  return from_nnx(make, input=input, with_example=True)
+
+
+class _ConvNet(nnx.Module):
+  def __init__(self, channels, widths, num_classes, dropout, dtype, rngs):
+    self.stages = nnx.List(
+      Convolution(a, b, rngs, stride=1 if index == 0 else 2, dtype=dtype)
+      for index, (a, b) in enumerate(zip((channels, *widths[:-1]), widths, strict=True))
+    )
+    self.dropout = nnx.Dropout(dropout)
+    self.head = classifier(widths[-1], num_classes, dtype, rngs)
+
+  def __call__(self, x: jax.Array, *, train: bool, rngs: nnx.Rngs | None) -> Outputs:
+    features = {}
+    for index, stage in enumerate(self.stages, start=1):
+      features[f"stage{index}_pre"] = before = stage(x, train)
+      features[f"stage{index}"] = x = jax.nn.relu(before)
+    embedding = x.mean((1, 2))
+    dropped = self.dropout(embedding, deterministic=not train, rngs=rngs)
+    logits = {} if self.head is None else {"logits": self.head(dropped)}
+    return {**logits, "embedding": embedding, "features": features}

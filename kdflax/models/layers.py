@@ -1,0 +1,94 @@
+"""What the networks and the connectors share: initial weights, one layer, and checks."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def _scaled(draw: Callable, numerator: float, fan: str) -> Callable:
+  """Make an initializer: `draw` times sqrt(numerator / fan), for kernels [..., inputs, outputs]."""
+
+  def init(key, shape, dtype=jnp.float32):
+    # Drawn flat: the same numbers, and a draw with four axes takes XLA about five times as long to compile on a CPU.
+    flat = draw(key, (math.prod(shape),), dtype).reshape(shape)
+    size = math.prod(shape[:-1]) if fan == "in" else math.prod(shape[:-2]) * shape[-1]
+    return flat * jnp.asarray(math.sqrt(numerator / size), dtype)
+
+  return init
+
+
+def _symmetric(key, shape, dtype):
+  return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
+
+
+# Kaiming He, Xiangyu Zhang, Shaoqing Ren and Jian Sun (2015), arXiv 1502.01852: the first keeps the variance of
+# gradients, the second that of activations. Neither is truncated.
+conv_init = _scaled(jax.random.normal, 2.0, "out")
+hidden_init = _scaled(jax.random.normal, 2.0, "in")
+head_init = _scaled(_symmetric, 1.0, "in")  # uniform within 1 / sqrt(inputs)
+unit_init = _scaled(_symmetric, 3.0, "in")  # uniform, of variance 1 / inputs
+
+
+class Convolution(nnx.Module):
+  """A convolution with BatchNorm, or with a bias in its place.
+
+  The padding is symmetric and given in numbers: "SAME" pads a strided convolution at the far side only, and weights
+  trained elsewhere would not fit.
+  """
+
+  def __init__(self, inputs, outputs, rngs, *, kernel=3, stride=1, batch_norm=True, init=conv_init, dtype=None):
+    self.conv = nnx.Conv(
+      inputs,
+      outputs,
+      (kernel, kernel),
+      strides=stride,
+      padding=[((kernel - 1) // 2, kernel // 2)] * 2,
+      use_bias=not batch_norm,
+      kernel_init=init,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs) if batch_norm else None
+
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    x = self.conv(x)
+    return x if self.norm is None else self.norm(x, use_running_average=not train)
+
+
+def classifier(inputs: int, num_classes: int | None, dtype, rngs: nnx.Rngs) -> nnx.Linear | None:
+  """Make the last layer of a classifier, or nothing for an encoder."""
+  if num_classes is None:
+    return None
+  return nnx.Linear(inputs, num_classes, kernel_init=head_init, dtype=dtype, rngs=rngs)
+
+
+def check_widths(**widths: Sequence[int]) -> None:
+  """Raise ValueError, naming the argument, unless every width is a positive integer."""
+  for name, values in widths.items():
+    if any(value < 1 for value in values):
+      raise ValueError(f"{name} must be at least 1, got {tuple(values)}.")
+
+
+def check_dropout(rate: float) -> None:
+  """Raise ValueError unless the rate is a probability below 1."""
+  if not 0 <= rate < 1:
+    raise ValueError(f"dropout must be in [0, 1), got {rate}.")
+
+
+def check_rank(x: jax.Array | jax.ShapeDtypeStruct, rank: int, name: str, axes: str) -> None:
+  """Raise unless an input has the number of axes that a model is written for.
+
+  Args:
+    x: the array, or its shape.
+    rank: the number of axes wanted.
+    name: the model, for the message.
+    axes: the axes wanted, for the message.
+
+  Raises:
+    ValueError: for any other number of axes.
+  """
+  if len(x.shape) != rank:
+    raise ValueError(f"{name} takes an input of shape {axes}, got {tuple(x.shape)}; reshape it to {rank} axes.")
