@@ -1,0 +1,320 @@
+"""Small dense solvers for the weightings: bounded iterations, no host calls, no factorisation in a loop.
+
+The quadratic programmes are solved by an active-set method on a tableau. A tableau holds the linear relation between a
+residual and a variable for every index, solved for the variable where the index is in the working set and for the
+residual elsewhere; moving one index in or out is a rank-one update. So one step costs T^2 element-wise operations,
+which vmap batches over right-hand sides, and the inverse of the working set is at hand for the final refinement.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Problem(NamedTuple):
+  gramian: jax.Array  # [T, T], largest diagonal entry 1, absent tasks zero
+  scale: jax.Array  # what the Gramian was divided by
+  cosines: jax.Array  # [T, T], unit diagonal, rows that take no part are those of the identity
+  norms: jax.Array  # [T], in units of the largest
+  inverse_norms: jax.Array  # [T], 0 for rows that take no part
+  valid: jax.Array  # [T], present and not zero
+  present: jax.Array  # [T]
+  number: jax.Array | int  # how many are present
+
+
+def check_gramian(gramian: jax.Array, present: jax.Array | None = None, num_tasks: int | None = None) -> None:
+  """Raise ValueError unless `gramian` is `[T, T]` and `present` is `[T]` bool."""
+  if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or not gramian.shape[0]:
+    raise ValueError(f"gramian must be square, [T, T], and not empty; got shape {gramian.shape}. For groups, use vmap.")
+  tasks = gramian.shape[0]
+  if num_tasks is not None and num_tasks != tasks:
+    raise ValueError(f"gramian has shape {gramian.shape} but there are {num_tasks} tasks.")
+  if jnp.issubdtype(gramian.dtype, jnp.complexfloating):
+    raise ValueError(f"gramian must be real; got dtype {gramian.dtype}.")
+  if present is not None:
+    check_present(present, tasks)
+
+
+def check_present(present: jax.Array, num_tasks: int) -> None:
+  """Raise ValueError unless `present` is `[T]` bool."""
+  if jnp.shape(present) != (num_tasks,) or jnp.asarray(present).dtype != jnp.bool_:
+    raise ValueError(
+      f"present must be bool of shape ({num_tasks},), one entry for each task; "
+      f"got {jnp.asarray(present).dtype} of shape {jnp.shape(present)}."
+    )
+
+
+def normalise(gramian: jax.Array, present: jax.Array | None) -> Problem:
+  """Check the Gramian, drop absent tasks, and take out its scale and the norms."""
+  gramian = jnp.asarray(gramian)
+  check_gramian(gramian, present)
+  tasks = gramian.shape[0]
+  gramian = gramian.astype(jnp.promote_types(gramian.dtype, jnp.float32))
+  number: jax.Array | int = tasks
+  if present is None:
+    present = jnp.ones(tasks, bool)
+  else:
+    number = jnp.maximum(present.sum(), 1)
+    gramian = jnp.where(present[:, None] & present, gramian, 0)
+  largest = jnp.diagonal(gramian).max()
+  scale = jnp.where(largest > 0, largest, 1)
+  gramian = gramian / scale
+  norms = jnp.sqrt(jnp.diagonal(gramian))
+  valid = norms > 0
+  inverse_norms = jnp.where(valid, 1 / jnp.where(valid, norms, 1), 0)
+  cosines = jnp.clip(gramian * inverse_norms[:, None] * inverse_norms, -1, 1)
+  diagonal = jnp.arange(tasks)[:, None] == jnp.arange(tasks)
+  return Problem(gramian, scale, jnp.where(diagonal, 1, cosines), norms, inverse_norms, valid, present, number)
+
+
+def restrict(problem: Problem, weights: jax.Array) -> jax.Array:
+  """Give absent tasks 0, and NaN to all when the Gramian is not finite."""
+  weights = jnp.where(problem.present, weights, 0)
+  return jnp.where(jnp.isfinite(problem.gramian).all(), weights, jnp.nan)
+
+
+def preferred(problem: Problem, preference: jax.Array | None) -> jax.Array:
+  """Return the preference of the present tasks, equal shares by default."""
+  tasks = problem.norms.shape[0]
+  if preference is None:
+    return jnp.where(problem.present, 1 / problem.number, 0).astype(problem.norms.dtype)
+  if jnp.shape(preference) != (tasks,):
+    raise ValueError(f"preference must have shape ({tasks},), one entry for each task; got {jnp.shape(preference)}.")
+  return jnp.where(problem.present, jnp.asarray(preference, problem.norms.dtype), 0)
+
+
+class _State(NamedTuple):
+  table: jax.Array  # [n, n + columns]: the relation's matrix, then its constant columns
+  inside: jax.Array  # [n] bool: the working set
+  x: jax.Array  # [n]: a feasible point, zero outside the working set
+  t: jax.Array  # []: the factor of the second constant column (of no use with one column)
+  low: jax.Array
+  high: jax.Array
+  steps: jax.Array
+  done: jax.Array
+
+
+def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+  """Multiply at full precision; accelerators round the factors of a float32 product otherwise."""
+  return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
+
+
+def _exchange(table: jax.Array, index: jax.Array, active: jax.Array | bool = True) -> jax.Array:
+  """Swap residual and variable `index`: in the relation `y = M x + r`, solve row `index` for its x."""
+  rows = jnp.arange(table.shape[0])[:, None] == index
+  columns = jnp.arange(table.shape[1])[None, :] == index
+  row, column = table[index], jnp.take(table, index, axis=1)
+  pivot = row[index]
+  scaled = row / pivot
+  moved = table - column[:, None] * scaled[None, :]
+  moved = jnp.where(rows, -scaled[None, :], jnp.where(columns, column[:, None] / pivot, moved))
+  moved = jnp.where(rows & columns, 1 / pivot, moved)
+  return jnp.where(active, moved, table)
+
+
+def _tolerance(dtype: jnp.dtype, size: int) -> float:
+  """Rounding of a sum of `size` products of order one."""
+  return 4 * float(jnp.finfo(dtype).eps) * max(size, 2) ** 0.5
+
+
+def _solution(table: jax.Array, t: jax.Array) -> jax.Array:
+  size = table.shape[0]
+  constant = table[:, size]
+  return constant if table.shape[1] == size + 1 else constant + t * table[:, size + 1]
+
+
+def _enter_or_leave(state: _State, free: jax.Array, finish) -> _State:
+  """Take one step of the active-set method of Lawson and Hanson.
+
+  The point moves to the minimum over the working set. If that has a negative entry, it stops at the first one to reach
+  zero, which leaves. Otherwise the index of the most negative residual enters, or, when there is none, `finish`
+  decides. An index whose pivot is rounding depends linearly on the working set; its residual is zero and it never
+  enters.
+  """
+  size = state.inside.shape[0]
+  small = _tolerance(state.x.dtype, size)
+  values = _solution(state.table, state.t)
+  target = jnp.where(state.inside, values, 0)
+  negative = state.inside & ~free & (target < 0)
+  any_negative = negative.any()
+  ratio = jnp.where(negative, state.x / jnp.where(negative, state.x - target, 1), jnp.inf)
+  x = jnp.where(any_negative, state.x + jnp.where(negative.any(), ratio.min(), 0) * (target - state.x), target)
+  leaving = ratio.argmin()
+
+  may_enter = ~state.inside & (jnp.diagonal(state.table) > small)
+  residual = jnp.where(may_enter, values, jnp.inf)
+  entering = residual.argmin()
+  enters = residual[entering] < -small * jnp.maximum(1, jnp.abs(jnp.where(free, 0, x)).sum())
+
+  index = jnp.where(any_negative, leaving, entering)
+  moves = any_negative | enters
+  x = jnp.where(any_negative & (jnp.arange(size) == leaving), 0, x)
+  inside = jnp.where(moves & (jnp.arange(size) == index), enters & ~any_negative, state.inside)
+  table = _exchange(state.table, index, moves & ~state.done)
+  moved = state._replace(table=table, inside=inside, x=x, steps=state.steps + 1)
+  return finish(moved, ~moves)
+
+
+def _run(table, inside, x, free, limit, finish=None, t: jax.Array | float = 0.0) -> _State:
+  zero = jnp.zeros((), x.dtype)
+  state = _State(table, inside, x, zero + t, zero, zero + jnp.inf, jnp.int32(0), jnp.bool_(False))
+  stop = finish or (lambda state, optimal: state._replace(done=optimal))
+  return lax.while_loop(
+    lambda state: ~state.done & (state.steps < limit), lambda state: _enter_or_leave(state, free, stop), state
+  )
+
+
+def _refine(state: _State, matrix: jax.Array, constant: jax.Array, x: jax.Array) -> jax.Array:
+  """Solve `matrix x = -constant` on the working set anew, from the original matrix: two steps of refinement."""
+  size = matrix.shape[0]
+  inverse = jnp.where(state.inside[:, None] & state.inside, state.table[:, :size], 0)
+  for _ in range(2):
+    x = x - matvec(inverse, matvec(matrix, x) + constant)
+  return x
+
+
+def dual_cone_projection(cosines: jax.Array, task: jax.Array) -> jax.Array:
+  """Weights (over unit rows) of the projection of one unit row onto the dual cone of all rows.
+
+  Minimises `|J'(e_task + z)|^2` over `z >= 0`. The constraints `J dir >= 0` are asked for with a margin of a few
+  roundings, so that rounding of the Gramian or of the weights turns no constraint negative. A projection that is zero
+  to the precision of the Gramian is returned as exact zeros: what is left of it points anywhere.
+
+  Args:
+    cosines: Gramian of unit rows, `[T, T]`.
+    task: combination of unit rows to project, `[T]`.
+
+  Returns:
+    Weights `[T]`, at least `task`.
+  """
+  size, eps = cosines.shape[0], float(jnp.finfo(cosines.dtype).eps)
+  margin = _tolerance(cosines.dtype, size) * jnp.abs(task).sum()
+  linear = matvec(cosines, task)
+  table = jnp.concatenate([cosines, (linear - 2 * margin)[:, None]], axis=1)
+  nothing = jnp.zeros(size, bool)
+  state = _run(table, nothing, jnp.zeros_like(linear), nothing, 4 * size + 8)
+  margin = _tolerance(cosines.dtype, size) * jnp.abs(task + state.x).sum()
+  z = _refine(state, cosines, linear - margin, state.x)
+  # With near-dependent rows in the working set the refinement may lose more than it gains; keep the better of the two.
+  weights = task + jnp.stack([jnp.where(state.inside, jnp.maximum(z, 0), 0), state.x])
+  products = matvec(weights, cosines)
+  squared_norms = (products * weights).sum(1)
+  resolved = squared_norms > 16 * size * eps * jnp.abs(weights).sum(1) ** 2
+  worst = jnp.where(resolved, products.min(1) * lax.rsqrt(jnp.where(resolved, squared_norms, 1)), 0)
+  best = worst.argmax()
+  return jnp.where(resolved[best] & (worst[best] >= -(eps**0.5) / 64), weights[best], 0)
+
+
+def simplex_minimum(
+  cosines: jax.Array, edges: jax.Array, linear: jax.Array | None = None, ratio: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+  """Minimise `|J'x| ^ 2 / 2`, or `linear.x + ratio |J'x|`, over `x >= 0` with `edges.x = 1`.
+
+  With `linear` given, `|g| = min_t (|g|^2 / t + t) / 2` makes it a quadratic programme in x for every t > 0, whose
+  feasible set does not depend on t. When x is optimal for a t, t moves to the exact minimum over the working set (the
+  solution is affine in t there, so this is a quadratic equation), guarded by a bracket, until the set stays.
+
+  Args:
+    cosines: Gramian of unit rows, `[T, T]`.
+    edges: `[T]`, at least one entry 1 and none above; rows with 0 cost nothing to leave out.
+    linear: `[T]`, None for the plain minimum norm.
+    ratio: the factor of the norm, positive.
+
+  Returns:
+    The minimiser x `[T]` and `|J'x|^2`, zero where it is zero to precision.
+  """
+  size, dtype = cosines.shape[0], cosines.dtype
+  eps = float(jnp.finfo(dtype).eps)
+  border = jnp.concatenate([jnp.concatenate([cosines, edges[None]]), jnp.append(-edges, 0)[:, None]], axis=1)
+  unit = jnp.zeros(size + 1, dtype).at[size].set(1)
+  tilt = jnp.zeros_like(unit) if linear is None else jnp.append(linear, 0)
+  start = edges.argmax()
+  table = jnp.concatenate([border, -unit[:, None], tilt[:, None]], axis=1)
+  table = _exchange(_exchange(table, start), jnp.int32(size))
+  free = jnp.arange(size + 1) == size
+  chosen = jnp.arange(size + 1) == start
+
+  def next_t(state: _State, optimal: jax.Array) -> _State:
+    columns = jnp.where(state.inside[:size, None], state.table[:size, size + 1 :], 0)
+    products = columns.T @ matvec(cosines, columns)  # of the constant and of the t column
+    a, b, k = products[0, 0], products[0, 1], ratio**2 - products[1, 1]
+    discriminant = jnp.sqrt(jnp.maximum(b**2 + k * a, 0))
+    root = jnp.where((b > 0) & (k > 0), (b + discriminant) / k, a / (discriminant - b))
+    # With 0 in the affine hull of the working set |J'x| / t is constant: no root, but the bracket knows the side.
+    root = jnp.where(a > 64 * eps * jnp.abs(columns[:, 0]).sum() ** 2, root, -1)
+    t = state.t
+    above = (ratio * t) ** 2 > a + 2 * b * t + products[1, 1] * t**2
+    low, high = jnp.where(above, state.low, t), jnp.where(above, t, state.high)
+    settled = jnp.abs(root - t) <= 64 * eps * t
+    bisected = jnp.where(jnp.isinf(high), 8 * t, jnp.sqrt(jnp.maximum(low, high / 64) * high))
+    t = jnp.where(settled | ((root > low) & (root < high)), root, bisected)
+    settled |= (high <= low * (1 + 64 * eps)) | (t < eps)
+    return jax.tree.map(
+      lambda new, old: jnp.where(optimal, new, old), state._replace(t=t, low=low, high=high, done=settled), state
+    )
+
+  finish = None if linear is None else next_t
+  first = 0.0 if linear is None else 1 / ratio
+  state = _run(
+    table,
+    chosen | free,
+    chosen.astype(dtype) / edges.max(),
+    free,
+    (4 if finish is None else 12) * size + 64,
+    finish,
+    first,
+  )
+  x = _refine(state, border, state.t * tilt - unit, _solution(state.table, state.t) * state.inside)
+  x = jnp.where(state.inside, jnp.maximum(x, 0), 0)[:size]
+  x = x / (edges @ x)
+  squared_norm = x @ matvec(cosines, x)
+  return x, jnp.where(squared_norm <= 16 * size * eps * jnp.abs(x).sum() ** 2, 0, squared_norm)
+
+
+def fair_point(cosines: jax.Array, log_norms: jax.Array, power: jax.Array | float) -> jax.Array:
+  """Solve `C x = f x^-power` with `f = norms^(power - 1)` for x > 0, by Newton steps in log x.
+
+  The root is the minimum of a strictly convex function, `x'C x / 2` plus a sum of convex functions of each entry, whose
+  Hessian is scaled to a unit diagonal before it is factored; steps in log x are clipped to one, which keeps x positive
+  and the first steps inside the region where the quadratic model holds. A ridge of a few roundings keeps the solution
+  finite where opposed rows leave none.
+
+  Args:
+    cosines: Gramian of unit rows, `[T, T]`.
+    log_norms: logarithm of the norms of the rows, `[T]`.
+    power: exponent, positive.
+
+  Returns:
+    x `[T]`.
+  """
+  size, eps = cosines.shape[0], float(jnp.finfo(cosines.dtype).eps)
+  matrix = cosines + 4 * size * eps * jnp.eye(size, dtype=cosines.dtype)
+  log_f = (power - 1) * log_norms
+  longest = jnp.maximum(1 / power, 1)  # downwards the power law alone decides, and it is exact in `power` log x
+
+  def newton(carry):
+    u, _, step = carry
+    x = jnp.exp(u)
+    other = jnp.exp(log_f + (1 - power) * u)  # x f x^-power
+    scale = lax.rsqrt(x * x * jnp.diagonal(matrix) + power * other)
+    hessian = matrix * jnp.outer(x * scale, x * scale) + jnp.diag(power * other * scale**2)
+    factor = jnp.linalg.cholesky(hessian)
+    move = scale * jax.scipy.linalg.cho_solve((factor, True), scale * (other - x * matvec(matrix, x)))
+    return u + jnp.clip(move, -longest, 1), jnp.abs(move).max(), step + 1
+
+  def unfinished(carry):
+    return (carry[1] > eps**0.5) & (carry[2] < 100)
+
+  start = log_f / (1 + power)  # the solution of orthogonal rows
+  u, _, _ = lax.while_loop(unfinished, newton, (start, jnp.full((), jnp.inf, start.dtype), jnp.int32(0)))
+  return jnp.exp(newton((u, None, 0))[0])
+
+
+def masked_inverse_product(matrix: jax.Array, vector: jax.Array, count: jax.Array | int) -> jax.Array:
+  """Multiply by the pseudo-inverse of a symmetric matrix; eigenvalues below `count eps` of the largest are zero."""
+  values, vectors = jnp.linalg.eigh(matrix)
+  kept = values > count * jnp.finfo(matrix.dtype).eps * values[-1]
+  inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+  return matvec(vectors, inverse * matvec(vectors.T, vector))

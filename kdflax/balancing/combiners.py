@@ -1,0 +1,286 @@
+"""Combiners: how the losses and gradients of T tasks become one update, with explicit state.
+
+A combiner is a pair of pure functions like a balancer, for methods that look at whole gradients. `init(gradients)`
+makes the state from the shapes of gradients with a leading T axis; `update(losses, gradients, state, *, key=None,
+present=None)` gives the direction (a pytree like one gradient) and the next state. Buffers `[T, ...]` mirror the
+gradients leaf by leaf, so they take T times the memory of the parameters and shard like them. They are running means
+corrected for their start at 0, so that the first direction has the full length. Absent tasks are treated as in
+`balancers`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kdflax.balancing._solvers import check_present, matvec
+from kdflax.balancing.balancers import Balancer, check_positive, shares_of
+from kdflax.balancing.gradients import combine, gramian, num_tasks
+
+PyTree = Any
+
+
+class Combiner(NamedTuple):
+  """A pair of pure functions, see the module: `init(gradients)` and `update(losses, gradients, state, ...)`."""
+
+  init: Callable[[PyTree], PyTree]
+  update: Callable[..., tuple[PyTree, PyTree]]
+  needs_key: bool = False
+
+
+class BufferState(NamedTuple):
+  """Running mean of every task's gradient, the sum of its coefficients, and the number of updates."""
+
+  buffer: PyTree  # like the gradients
+  mass: jax.Array  # [T]
+  step: jax.Array  # [T] int
+
+
+class MocoState(NamedTuple):
+  """Running gradients and the weights."""
+
+  gradients: BufferState
+  weights: jax.Array  # [T]
+
+
+class ExcessState(NamedTuple):
+  """Sum of squared gradients, the first excess risks, and the weights."""
+
+  squares: PyTree  # like the gradients
+  initial: jax.Array  # [T]
+  weights: jax.Array  # [T]
+  known: jax.Array  # [T] bool
+
+
+def _rows(values: jax.Array, leaf: jax.Array) -> jax.Array:
+  return jnp.expand_dims(values, range(1, leaf.ndim))
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+  return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _checked(losses: jax.Array, gradients: PyTree, tasks: int, present: jax.Array | None, name: str):
+  """Return wide losses, and gradients with the rows of absent tasks set to 0."""
+  losses = _wide(lax.stop_gradient(jnp.asarray(losses)))
+  found = num_tasks(gradients)
+  if losses.shape != (tasks,) or found != tasks:
+    raise ValueError(
+      f"{name}: the state is for {tasks} tasks, but losses have shape {losses.shape} and gradients {found} tasks."
+    )
+  if present is None:
+    present = jnp.ones(tasks, bool)
+  check_present(present, tasks)
+  return losses, jax.tree.map(lambda leaf: jnp.where(_rows(present, leaf), leaf, 0), gradients), present
+
+
+def _buffer(gradients: PyTree) -> BufferState:
+  tasks = num_tasks(gradients)
+  zeros = jax.tree.map(lambda leaf: jnp.zeros_like(_wide(leaf)), gradients)
+  return BufferState(zeros, jnp.zeros(tasks), jnp.zeros(tasks, jnp.int32))
+
+
+def _average(state: BufferState, gradients: PyTree, moves: jax.Array, decay: Callable) -> tuple[BufferState, PyTree]:
+  """Return the next state and the corrected means; `decay` maps the number of the update to the share that stays."""
+  step = state.step + moves
+  stays = jnp.where(moves, decay(jnp.maximum(step, 1).astype(state.mass.dtype)), 1)
+  mass = stays * state.mass + (1 - stays)
+
+  def move(old, new):
+    share = _rows(stays, old).astype(old.dtype)
+    return share * old + (1 - share) * jnp.where(_rows(moves, old), new, 0).astype(old.dtype)
+
+  buffer = jax.tree.map(move, state.buffer, gradients)
+  scale = 1 / jnp.where(mass > 0, mass, 1)
+  means = jax.tree.map(lambda leaf: leaf * _rows(scale, leaf).astype(leaf.dtype), buffer)
+  return BufferState(buffer, mass, step), means
+
+
+def _like(direction: PyTree, gradients: PyTree) -> PyTree:
+  return jax.tree.map(lambda value, leaf: value.astype(leaf.dtype), direction, gradients)
+
+
+def from_balancer(balancer: Balancer) -> Combiner:
+  """Return a combiner that applies a balancer's weights; it takes the Gramian only where the balancer needs it.
+
+  Args:
+    balancer: any Balancer.
+
+  Returns:
+    A Combiner with the balancer's state.
+  """
+
+  def init(gradients: PyTree) -> PyTree:
+    return balancer.init(num_tasks(gradients))
+
+  def update(losses, gradients, state, *, key=None, present=None):
+    products = gramian(gradients) if balancer.needs_gramian else None
+    weights, state = balancer.update(losses, state, gramian=products, key=key, present=present)
+    return combine(gradients, weights, present=present), state
+
+  return Combiner(init, update, balancer.needs_key)
+
+
+def from_function(function: Callable[..., PyTree], *, needs_key: bool = False) -> Combiner:
+  """Return a combiner without state from a function of the gradients, such as `grad_drop` or `trimmed_mean`.
+
+  Args:
+    function: `function(gradients, present=...)`, or with `needs_key` `function(gradients, key, present=...)`; for
+      hyper-parameters a `functools.partial`.
+    needs_key: whether the function takes a key.
+
+  Returns:
+    A Combiner; with `needs_key`, update raises ValueError without a key.
+  """
+  name = getattr(getattr(function, "func", function), "__name__", str(function))
+
+  def update(losses, gradients, state, *, key=None, present=None):
+    del losses
+    if needs_key and key is None:
+      raise ValueError(f"{name} draws random numbers: update(losses, gradients, state, key=key).")
+    return function(gradients, *((key,) if needs_key else ()), present=present), state
+
+  return Combiner(lambda gradients: (), update, needs_key)
+
+
+def db_mtl(*, beta: float = 0.9, beta_sigma: float = 0.0) -> Combiner:
+  """Return a combiner that balances the scales of both losses and gradients.
+
+  The gradients of log L (g / L) go into running means, every mean is stretched to the longest, and the direction is
+  their mean. T identical gradients g of equal losses L give g / L. Losses must be positive; a task whose loss is not
+  counts as absent.
+
+  Args:
+    beta: share of the running mean that stays is `beta / k^beta_sigma` at update k; in [0, 1).
+    beta_sigma: decay of that share.
+
+  Returns:
+    A Combiner whose state holds a buffer of T gradients.
+
+  Reference:
+    Lin et al., Dual-Balancing for Multi-Task Learning, 2023, arXiv:2308.12029. Mean where the authors sum, and the
+    running mean is corrected for its start at 0: without that the length grows by 1 / (1 - beta) over the first
+    updates.
+  """
+
+  def update(losses, gradients, state, *, key=None, present=None):
+    del key
+    losses, gradients, present = _checked(losses, gradients, state.mass.shape[0], present, "db_mtl")
+    check_positive(losses, present, "db_mtl")
+    usable = present & (losses > 0) & jnp.isfinite(losses)
+    inverse = jnp.where(usable, 1 / jnp.where(usable, losses, 1), 0)
+    logs = jax.tree.map(lambda leaf: _wide(leaf) * _rows(inverse, leaf).astype(_wide(leaf).dtype), gradients)
+    state, means = _average(state, logs, usable, lambda k: beta / k**beta_sigma)
+    norms = jnp.sqrt(jnp.where(usable, jnp.diagonal(gramian(means)), 0))
+    weights = jnp.where(norms > 0, norms.max() / jnp.where(norms > 0, norms, 1), 0) / jnp.maximum(usable.sum(), 1)
+    return _like(combine(means, weights, present=usable), gradients), state
+
+  return Combiner(_buffer, update)
+
+
+def moco(
+  *, beta: float = 0.5, beta_sigma: float = 0.5, gamma: float = 0.1, gamma_sigma: float = 0.5, ridge: float = 0.0
+) -> Combiner:
+  """Return a combiner that follows the common descent direction of running gradients.
+
+  At update k: running means y of the gradients, of which `1 - beta / k^beta_sigma` stays; then the weights move on
+  the simplex, `w <- P(w - gamma / k^gamma_sigma (Y Y' / m + ridge I) w)` with m the mean squared norm, which takes
+  the units out of the step; the direction is `w @ y`. The weights tend to those of `mgda` on gradients with less
+  noise. They start equal.
+
+  Args:
+    beta: rate of the running gradients.
+    beta_sigma: decay of that rate.
+    gamma: rate of the weights.
+    gamma_sigma: decay of that rate.
+    ridge: pull towards equal weights, in units of m.
+
+  Returns:
+    A Combiner whose state holds a buffer of T gradients.
+
+  Reference:
+    Fernando et al., Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent Approach, ICLR 2023.
+    LibMTL has a softmax where the paper projects, and multiplies unit gradients by the losses.
+  """
+
+  def init(gradients: PyTree) -> MocoState:
+    tasks = num_tasks(gradients)
+    return MocoState(_buffer(gradients), jnp.full(tasks, 1 / tasks))
+
+  def update(losses, gradients, state, *, key=None, present=None):
+    del key
+    _, gradients, present = _checked(losses, gradients, state.weights.shape[0], present, "moco")
+    buffer, means = _average(state.gradients, gradients, present, lambda k: 1 - beta / k**beta_sigma)
+    products = jnp.where(present[:, None] & present, gramian(means), 0)
+    count = jnp.maximum(present.sum(), 1)
+    unit = jnp.trace(products) / count
+    products = products / jnp.where(unit > 0, unit, 1)
+    kept = jnp.where(present, state.weights, 0)
+    total = kept.sum()
+    kept = jnp.where(total > 0, kept / jnp.where(total > 0, total, 1), present / count)
+    k = jnp.max(buffer.step).astype(kept.dtype)
+    moved = kept - gamma / jnp.maximum(k, 1) ** gamma_sigma * (matvec(products, kept) + ridge * kept)
+    weights = project_simplex(moved, present)
+    stored = jnp.where(present, weights, state.weights)
+    direction = _like(combine(means, weights, present=present), gradients)
+    return direction, MocoState(buffer, stored.astype(state.weights.dtype))
+
+  return Combiner(init, update)
+
+
+def project_simplex(vector: jax.Array, where: jax.Array) -> jax.Array:
+  """Project onto the probability simplex of the entries `where`; the others are 0."""
+  ordered = -jnp.sort(jnp.where(where, -vector, jnp.inf))
+  index = jnp.arange(1, vector.shape[0] + 1)
+  excess = (jnp.cumsum(jnp.where(jnp.isfinite(ordered), ordered, 0)) - 1) / index
+  last = jnp.where(ordered > excess, index, 0).max()
+  return jnp.where(where, jnp.maximum(vector - excess[jnp.maximum(last - 1, 0)], 0), 0)
+
+
+def excess_mtl(*, learning_rate: float = 0.01) -> Combiner:
+  """Return a combiner that follows the tasks that are farthest from convergence.
+
+  The excess risk of a task is estimated by `sum g^2 / sqrt(A)` with A the running sum of g^2 (its Adagrad
+  preconditioner). The first update stores the estimates e0 and gives equal weights; then `w <- w exp(learning_rate e
+  / e0)`, renormalised to sum 1. Coordinates with A = 0 count 0, and so does a task with e0 = 0.
+
+  Args:
+    learning_rate: of the weights.
+
+  Returns:
+    A Combiner whose state holds a buffer of T gradients.
+
+  Reference:
+    He et al., Robust Multi-Task Learning with Excess Risks, ICML 2024, arXiv:2402.02009. Mean over the tasks where
+    LibMTL keeps a sum of T; there a zero gradient at the first update leaves NaN weights for ever.
+  """
+
+  def init(gradients: PyTree) -> ExcessState:
+    tasks = num_tasks(gradients)
+    squares = jax.tree.map(lambda leaf: jnp.zeros_like(_wide(leaf)), gradients)
+    return ExcessState(squares, jnp.zeros(tasks), jnp.full(tasks, 1 / tasks), jnp.zeros(tasks, bool))
+
+  def update(losses, gradients, state, *, key=None, present=None):
+    del key
+    _, gradients, present = _checked(losses, gradients, state.weights.shape[0], present, "excess_mtl")
+    squares = jax.tree.map(lambda total, leaf: total + _wide(leaf) ** 2, state.squares, gradients)
+
+    def leaf_excess(total, leaf):
+      ratio = jnp.where(total > 0, _wide(leaf) ** 2 * lax.rsqrt(jnp.where(total > 0, total, 1)), 0)
+      return ratio.sum(range(1, leaf.ndim))
+
+    excess = sum(jax.tree.leaves(jax.tree.map(leaf_excess, squares, gradients)))
+    initial = jnp.where(state.known | ~present, state.initial, excess)
+    relative = jnp.where(state.known & (initial > 0), excess / jnp.where(initial > 0, initial, 1), 0)
+    logits = jnp.log(state.weights) + learning_rate * relative
+    weights = shares_of(logits, present)
+    # The sum of the stored weights stays 1: present tasks share out what they had.
+    stored = jnp.where(present, weights * jnp.where(present, state.weights, 0).sum(), state.weights)
+    direction = combine(gradients, weights, present=present)
+    known = state.known | present
+    stored, initial = stored.astype(state.weights.dtype), initial.astype(state.initial.dtype)
+    return direction, ExcessState(squares, initial, stored, known)
+
+  return Combiner(init, update)

@@ -1,0 +1,353 @@
+"""Per-task gradients, their Gramian and their combination, leaf by leaf.
+
+Gradients of T tasks are one pytree like the parameters with a leading T axis on every leaf. No leaf is flattened into
+or concatenated with another, so every leaf keeps its sharding and its dtype.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kdflax.balancing._solvers import check_gramian, check_present, normalise
+
+PyTree = Any
+
+
+def stack_losses(losses: PyTree) -> jax.Array:
+  """Return losses as one array `[T]`: an array `[T]` as it is, a dict of scalars sorted by name.
+
+  The order is that of `jax.tree.leaves`, so it does not depend on whether the dict went through `jax.jit`, which sorts.
+  """
+  leaves = jax.tree.leaves(losses)
+  if len(leaves) == 1 and leaves[0] is losses:
+    if jnp.ndim(losses) != 1 or not losses.shape[0]:
+      raise ValueError(
+        f"losses must be an array [T] or a pytree of scalars; got an array of shape {jnp.shape(losses)}."
+      )
+    return losses
+  shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(losses)}
+  if not leaves or any(shapes.values()):
+    raise ValueError(f"losses must be an array [T] or a pytree of scalars; got a pytree with shapes {shapes}.")
+  return jnp.stack(jax.tree.leaves(losses))
+
+
+def task_gradients(
+  losses_fn: Callable[..., Any], params: PyTree, *, has_aux: bool = False, batch_size: int | None = None
+) -> Any:
+  """Return the losses of all tasks and the gradient of each.
+
+  One forward pass and one pullback for each task: by default all T at once (a vmapped pullback, memory for T backward
+  passes), with `batch_size` that many at a time (`jax.lax.map`; 1 has the memory of a single backward pass).
+
+  Take the gradients over the shared parameters only: what belongs to one task has a zero gradient for the others and
+  costs T times the memory.
+
+  Args:
+    losses_fn: `params -> losses`, an array `[T]` or a pytree of T scalars (a dict by name), taken in the order of
+      `jax.tree.leaves`: a dict is sorted by name. With `has_aux`, `params -> (losses, aux)`.
+    params: pytree of floating-point arrays.
+    has_aux: whether `losses_fn` returns anything beside the losses.
+    batch_size: number of pullbacks at a time; all when None. Static.
+
+  Returns:
+    `(losses, gradients)`, or `(losses, gradients, aux)`: losses `[T]`, gradients like `params` with a leading T axis.
+
+  Raises:
+    ValueError: losses are neither `[T]` nor scalars, a leaf of `params` is not floating point, or `batch_size` < 1.
+  """
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      name = jax.tree_util.keystr(path) or "params"
+      raise ValueError(
+        f"params must be floating point; {name} has dtype {jnp.result_type(leaf)}. Close over the others."
+      )
+
+  def stacked(params):
+    out = losses_fn(params)
+    losses, aux = out if has_aux else (out, None)
+    return stack_losses(losses), aux
+
+  losses, pullback, aux = jax.vjp(stacked, params, has_aux=True)
+  tasks = losses.shape[0]
+  basis = jnp.eye(tasks, dtype=losses.dtype)
+  if batch_size is None or batch_size >= tasks:
+    (gradients,) = jax.vmap(pullback)(basis)
+  else:
+    (gradients,) = lax.map(pullback, basis, batch_size=batch_size if batch_size > 1 else None)
+  return (losses, gradients, aux) if has_aux else (losses, gradients)
+
+
+def representation_gradients(
+  losses_fn: Callable[[PyTree], Any], encoder: Callable[[PyTree], PyTree], params: PyTree
+) -> tuple[jax.Array, PyTree, Callable[[PyTree], PyTree]]:
+  """Return the losses, their gradients over the shared representation, and the way back to the parameters.
+
+  Instead of T backward passes through the encoder it takes T through the heads and one through the encoder, for the
+  combined gradient: `pullback(combine(gradients, weights))`. The Gramian is that of the representation's gradients (all
+  examples, all units), which bounds the one over the parameters; the weights are not those of `task_gradients`.
+
+  Args:
+    losses_fn: `representation -> losses`, as in `task_gradients`.
+    encoder: `params -> representation`, a pytree of floating-point arrays.
+    params: pytree of the encoder's parameters.
+
+  Returns:
+    `(losses, gradients, pullback)`: losses `[T]`; gradients like the representation with a leading T axis; `pullback`
+    maps one gradient over the representation (no T axis) to the gradient over `params`.
+
+  Raises:
+    ValueError: losses are neither `[T]` nor scalars, or the representation is not floating point.
+
+  Reference:
+    Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018, arXiv:1810.04650, section 3.3
+    (MGDA-UB). LibMTL sums over the batch before the inner products; here examples stay apart.
+  """
+  representation, pullback = jax.vjp(encoder, params)
+  losses, gradients = task_gradients(losses_fn, representation)
+  return losses, gradients, lambda combined: pullback(combined)[0]
+
+
+def num_tasks(gradients: PyTree) -> int:
+  """Return T, the leading axis of every leaf.
+
+  Raises:
+    ValueError: there is no leaf, a leaf has no leading axis, or two leaves differ in it.
+  """
+  sizes = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+    if not jnp.ndim(leaf):
+      raise ValueError(f"gradients need a leading task axis; {jax.tree_util.keystr(path)} is a scalar.")
+    sizes.setdefault(leaf.shape[0], jax.tree_util.keystr(path))
+  if len(sizes) != 1:
+    raise ValueError(
+      f"gradients must have one leading axis of T tasks on every leaf; got sizes {sizes or 'of no leaf'}."
+    )
+  return next(iter(sizes))
+
+
+def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def _leaf_gramian(leaf: jax.Array) -> jax.Array:
+  axes = tuple(range(1, leaf.ndim))
+  dtype = _accumulator(leaf.dtype)
+  return lax.dot_general(
+    leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+  )
+
+
+def gramian(gradients: PyTree, *, depth: int | None = None) -> PyTree:
+  """Return the inner products of the tasks' gradients, `G_ij = <g_i, g_j>`.
+
+  The sum over the leaves of one product each, in float32 or wider. On sharded leaves each device contracts its part and
+  `[T, T]` numbers are added up; no leaf is gathered.
+
+  Args:
+    gradients: pytree with a leading T axis on every leaf.
+    depth: None for one Gramian. Otherwise one for each subtree that hangs `depth` levels down (1: one for each entry
+      of a dict of layers; a large number: one for each leaf), for weights by group, see `per_group`. Static.
+
+  Returns:
+    `[T, T]`, or with `depth` a pytree of them.
+
+  Raises:
+    ValueError: leaves do not share their leading axis, or depth is negative.
+  """
+  tasks = num_tasks(gradients)
+  if depth is None:
+    parts = [_leaf_gramian(leaf) for leaf in jax.tree.leaves(gradients)]
+    return sum(parts[1:], parts[0]) if parts else jnp.zeros((tasks, tasks))
+  if depth < 0:
+    raise ValueError(f"depth must be at least 0; got {depth}.")
+  if depth == 0 or jax.tree.structure(gradients).num_nodes == 1:
+    return gramian(gradients)
+  children, structure = jax.tree.flatten(gradients, is_leaf=lambda node: node is not gradients)
+  return jax.tree.unflatten(structure, [gramian(child, depth=depth - 1) for child in children])
+
+
+def per_group(weighting: Callable[..., jax.Array]) -> Callable[..., PyTree]:
+  """Return a weighting of a pytree of Gramians: each group of parameters gets its own weights, in one vmapped call.
+
+  `combine(gradients, per_group(upgrad)(gramian(gradients, depth=1)))` balances every layer by itself.
+
+  Args:
+    weighting: `gramian [T, T] -> weights [T]`, with other arguments the same for all groups.
+
+  Returns:
+    A function from a pytree of `[T, T]` (and keyword arguments such as `present`) to the same pytree of `[T]`.
+  """
+
+  def weigh(gramians: PyTree, **kwargs) -> PyTree:
+    leaves, structure = jax.tree.flatten(gramians)
+    for leaf in leaves:
+      check_gramian(leaf, num_tasks=leaves[0].shape[0])
+    weights = jax.vmap(lambda one: weighting(one, **kwargs))(jnp.stack(leaves))
+    return jax.tree.unflatten(structure, list(weights))
+
+  return weigh
+
+
+def combine(gradients: PyTree, weights: PyTree, *, present: jax.Array | None = None) -> PyTree:
+  """Return the weighted sum of the tasks' gradients, `sum_i w_i g_i`, in the dtype of each leaf.
+
+  Args:
+    gradients: pytree with a leading T axis on every leaf.
+    weights: `[T]`, or a pytree of `[T]` that is a prefix of `gradients` (weights by group, see `per_group`).
+    present: which tasks take part, `[T]` bool; the gradient of an absent task is not looked at, so it may be NaN.
+
+  Returns:
+    A pytree like one task's gradient.
+
+  Raises:
+    ValueError: weights or `present` do not have one entry for each task.
+  """
+  tasks = num_tasks(gradients)
+  for leaf in jax.tree.leaves(weights):
+    if jnp.shape(leaf) != (tasks,):
+      raise ValueError(f"weights must have shape ({tasks},), one entry for each task; got {jnp.shape(leaf)}.")
+  if present is not None:
+    check_present(present, tasks)
+
+  def leaf_sum(weight, leaf):
+    dtype = _accumulator(leaf.dtype)
+    weight = weight.astype(dtype)
+    if present is not None:
+      weight = jnp.where(present, weight, 0)
+      leaf = jnp.where(jnp.expand_dims(present, range(1, leaf.ndim)), leaf, 0)
+    total = lax.dot_general(weight, leaf.astype(dtype), (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return total.astype(leaf.dtype)
+
+  return jax.tree.map(
+    lambda weight, part: jax.tree.map(lambda leaf: leaf_sum(jnp.asarray(weight), leaf), part), weights, gradients
+  )
+
+
+def grad_drop(
+  gradients: PyTree, key: jax.Array, *, leak: jax.Array | float = 0.0, present: jax.Array | None = None
+) -> PyTree:
+  """Return the mean of the gradients, keeping in every coordinate only one sign, drawn in proportion.
+
+  P = (1 + sum_i g_i / sum_i |g_i|) / 2 is the probability that a coordinate keeps its positive entries; the others
+  count with the factor `leak`. Coordinates on which all tasks agree are their mean.
+
+  Args:
+    gradients: pytree with a leading T axis on every leaf.
+    key: random key; each leaf draws with a key of its own.
+    leak: part of the dropped entries that passes, a number or one for each task `[T]`, in [0, 1].
+    present: which tasks take part, `[T]` bool; all when None.
+
+  Returns:
+    A pytree like one task's gradient.
+
+  Raises:
+    ValueError: leaves do not share their leading axis, or `leak` or `present` does not have one entry for each task.
+
+  Reference:
+    Chen et al., Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout, 2020, arXiv:2010.06808.
+    Mean over the tasks where TorchJD sums; on parameter gradients, where LibMTL drops on the representation.
+  """
+  tasks = num_tasks(gradients)
+  if jnp.ndim(leak) and jnp.shape(leak) != (tasks,):
+    raise ValueError(f"leak must be a number or have shape ({tasks},); got {jnp.shape(leak)}.")
+  if present is not None:
+    check_present(present, tasks)
+  count = tasks if present is None else jnp.maximum(present.sum(), 1)
+
+  def leaf_drop(index, leaf):
+    trailing = range(1, leaf.ndim)
+    rows = leaf.astype(_accumulator(leaf.dtype))
+    if present is not None:
+      rows = jnp.where(jnp.expand_dims(present, trailing), rows, 0)
+    magnitude = jnp.abs(rows).sum(0)
+    agreement = rows.sum(0) / jnp.where(magnitude > 0, magnitude, 1)
+    uniform = jax.random.uniform(jax.random.fold_in(key, index), leaf.shape[1:], rows.dtype)
+    positive = uniform < (1 + agreement) / 2
+    passes = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(leak, rows.dtype), (tasks,)), trailing)
+    kept = jnp.where((rows > 0) == positive, 1, passes)
+    return ((kept * rows).sum(0) / count).astype(leaf.dtype)
+
+  leaves, structure = jax.tree.flatten(gradients)
+  return jax.tree.unflatten(structure, [leaf_drop(index, leaf) for index, leaf in enumerate(leaves)])
+
+
+def trimmed_mean(gradients: PyTree, *, trim: int, present: jax.Array | None = None) -> PyTree:
+  """Return the mean of the gradients without the `trim` largest and smallest entries of every coordinate.
+
+  For gradients from sources of which up to `trim` may be corrupt. With fewer than 2 trim + 1 tasks present, as many as
+  leave at least one entry are dropped.
+
+  Args:
+    gradients: pytree with a leading T axis on every leaf.
+    trim: entries to drop at each end, 2 trim < T; static.
+    present: which tasks take part, `[T]` bool; all when None.
+
+  Returns:
+    A pytree like one task's gradient.
+
+  Raises:
+    ValueError: `trim` is negative or leaves no task, leaves do not share their leading axis, or `present` is not `[T]`.
+
+  Reference:
+    Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, 2018, arXiv:1803.01498.
+  """
+  tasks = num_tasks(gradients)
+  if trim < 0 or 2 * trim >= tasks:
+    raise ValueError(f"trim must satisfy 0 <= 2 trim < T; got trim = {trim} with T = {tasks} tasks.")
+  if present is not None:
+    check_present(present, tasks)
+  count = tasks if present is None else present.sum()
+  dropped = jnp.minimum(trim, (count - 1) // 2)
+  rank = jnp.arange(tasks)
+  kept = (rank >= dropped) & (rank < count - dropped)
+
+  def leaf_mean(leaf):
+    trailing = range(1, leaf.ndim)
+    rows = leaf.astype(_accumulator(leaf.dtype))
+    if present is not None:
+      rows = jnp.where(jnp.expand_dims(present, trailing), rows, jnp.inf)  # sorted behind all others
+    ordered = jnp.sort(rows, axis=0)
+    total = jnp.where(jnp.expand_dims(kept, trailing), ordered, 0).sum(0)
+    return (total / jnp.maximum(kept.sum(), 1)).astype(leaf.dtype)
+
+  return jax.tree.map(leaf_mean, gradients)
+
+
+def gradient_cosines(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
+  """Return the cosines between the tasks' gradients.
+
+  0 with a zero gradient or an absent task, with itself included.
+
+  Args:
+    gramian: inner products of the task gradients, `[T, T]`.
+    present: which tasks take part, `[T]` bool; all when None.
+
+  Returns:
+    Cosines `[T, T]`, for logs.
+
+  Raises:
+    ValueError: the Gramian is not square, or `present` is not `[T]` bool.
+  """
+  p = normalise(gramian, present)
+  return jnp.where(p.valid[:, None] & p.valid, p.cosines, 0)
+
+
+def conflict_count(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
+  """Return the number of unordered pairs of tasks whose gradients have a negative inner product.
+
+  Args:
+    gramian: inner products of the task gradients, `[T, T]`.
+    present: which tasks take part, `[T]` bool; all when None.
+
+  Returns:
+    A scalar, int32, between 0 and T (T - 1) / 2.
+
+  Raises:
+    ValueError: the Gramian is not square, or `present` is not `[T]` bool.
+  """
+  return jnp.triu(gradient_cosines(gramian, present=present) < 0, 1).sum(dtype=jnp.int32)

@@ -1,0 +1,337 @@
+"""Balancers that look at the losses alone: one backward pass, whatever the number of tasks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from kdflax.balancing.balancers import (
+  Balancer,
+  Inputs,
+  LearnedState,
+  learned,
+  make_balancer,
+  per_task,
+  shares_of,
+  stateless,
+)
+
+
+def fixed(weights: jax.Array | float) -> Balancer:
+  """Return a balancer with constant weights, a number or `[T]`.
+
+  Its state is empty. Equal weights are `fixed(1.0)` (the sum of the losses) or `fixed(1 / T)` (their mean).
+
+  Args:
+    weights: a number for all tasks, or `[T]`.
+
+  Returns:
+    A Balancer; init and update raise ValueError for another number of tasks.
+  """
+
+  def init(num_tasks: int) -> optax.EmptyState:
+    per_task(weights, num_tasks, "fixed: weights")
+    return optax.EmptyState()
+
+  def weigh(x: Inputs, state):
+    return per_task(weights, x.losses.shape[0], "fixed: weights"), state
+
+  return make_balancer("fixed", init, weigh, uses_losses=False)
+
+
+def random_weights() -> Balancer:
+  """Return a balancer that draws `softmax(N(0, I))` at every update; needs a key.
+
+  Reference:
+    Lin et al., Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning, 2022,
+    arXiv:2111.10603.
+  """
+
+  def weigh(x: Inputs) -> jax.Array:
+    return shares_of(jax.random.normal(x.key, x.losses.shape, x.losses.dtype), x.usable)
+
+  return stateless("random_weights", weigh, uses_losses=False, needs_key=True)
+
+
+class WeightAverageState(NamedTuple):
+  """Losses of the epoch so far and the means of the last two."""
+
+  total: jax.Array  # [T], over the epoch so far
+  number: jax.Array  # [T] int
+  last: jax.Array  # [T]
+  before: jax.Array  # [T]
+  means: jax.Array  # [T] int: epochs with a mean
+  step: jax.Array  # int
+
+
+def dynamic_weight_average(*, temperature: jax.Array | float = 2.0, steps_per_epoch: int = 1) -> Balancer:
+  """Return a balancer that favours the tasks whose losses fall slowest from epoch to epoch.
+
+  1 for two epochs, then `T softmax(r / temperature)` with r the last epoch's mean loss over the one before. A task
+  without two such means yet has r = 1. Meant for positive losses.
+
+  Args:
+    temperature: higher is closer to equal weights; may be traced.
+    steps_per_epoch: updates in an epoch; static.
+
+  Returns:
+    A Balancer.
+
+  Raises:
+    ValueError: `steps_per_epoch` is below 1.
+
+  Reference:
+    Liu et al., End-to-End Multi-Task Learning with Attention, 2019, arXiv:1803.10704.
+  """
+  if steps_per_epoch < 1:
+    raise ValueError(f"steps_per_epoch must be at least 1; got {steps_per_epoch}.")
+
+  def init(num_tasks: int) -> WeightAverageState:
+    zero, none, one = jnp.zeros(num_tasks), jnp.zeros(num_tasks, jnp.int32), jnp.ones(num_tasks)
+    return WeightAverageState(zero, none, one, one, none, jnp.int32(0))
+
+  def weigh(x: Inputs, state: WeightAverageState):
+    known = (state.means >= 2) & (state.before != 0)
+    ratio = jnp.where(known, state.last / jnp.where(known, state.before, 1), 1)
+    weights = jnp.where(state.step < 2 * steps_per_epoch, 1, x.number * shares_of(ratio / temperature, x.usable))
+    total = state.total + jnp.where(x.usable, x.losses, 0)
+    count = state.number + x.usable
+    ends = (state.step + 1) % steps_per_epoch == 0
+    rolls = ends & (count > 0)
+    return weights, WeightAverageState(
+      jnp.where(ends, 0, total),
+      jnp.where(ends, 0, count),
+      jnp.where(rolls, total / jnp.maximum(count, 1), state.last),
+      jnp.where(rolls, state.last, state.before),
+      jnp.minimum(state.means + rolls, 2),
+      state.step + 1,
+    )
+
+  return make_balancer("dynamic_weight_average", init, weigh)
+
+
+def uncertainty(*, optimizer: optax.GradientTransformation, log_variance: jax.Array | float = 0.0) -> Balancer:
+  """Return a balancer that learns each task's noise: weights `exp(-s) / 2`.
+
+  s, the log variance of the task's error, follows `sum_i L_i exp(-s_i) / 2 + s_i / 2` (minimum `s = log L`) by an
+  optimizer of its own, so the model's weight decay does not touch it.
+
+  Args:
+    optimizer: moves s.
+    log_variance: s at the start, a number or `[T]`.
+
+  Returns:
+    A Balancer.
+
+  Reference:
+    Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, 2018, arXiv:1705.07115 (the regression form
+    for every task).
+  """
+  init, step = learned(log_variance, optimizer, "uncertainty: log_variance")
+
+  def weigh(x: Inputs, state: LearnedState):
+    weights = jnp.exp(-state.values) / 2
+    return weights, step(1 / 2 - x.losses * weights, state, x.usable)
+
+  return make_balancer("uncertainty", init, weigh)
+
+
+def imtl_l(*, optimizer: optax.GradientTransformation, log_scale: jax.Array | float = 0.0) -> Balancer:
+  """Return a balancer that learns scales which make all losses equal: weights `exp(s)`.
+
+  s follows `sum_i exp(s_i) L_i - s_i`, whose minimum is `exp(s_i) L_i = 1`. `uncertainty` with s of the other sign and
+  twice the weights.
+
+  Args:
+    optimizer: moves s.
+    log_scale: s at the start, a number or `[T]`.
+
+  Returns:
+    A Balancer.
+
+  Reference:
+    Liu et al., Towards Impartial Multi-task Learning, ICLR 2021 (IMTL-L; `imtl_g` is the part on gradients).
+  """
+  init, step = learned(log_scale, optimizer, "imtl_l: log_scale")
+
+  def weigh(x: Inputs, state: LearnedState):
+    weights = jnp.exp(state.values)
+    return weights, step(x.losses * weights - 1, state, x.usable)
+
+  return make_balancer("imtl_l", init, weigh)
+
+
+def geometric() -> Balancer:
+  """Return a balancer whose update is that of the geometric mean of the losses: weights `GLS / (T L_i)`.
+
+  `GLS = exp(mean log L)`, without the overflow of the product. Losses must be positive. Its state is empty.
+
+  Reference:
+    Chennupati et al., MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy for Multi-Task Learning,
+    2019, arXiv:1904.08492. LibMTL reports other weights than it applies.
+  """
+
+  def weigh(x: Inputs) -> jax.Array:
+    logs = jnp.log(x.losses)  # 0 where not usable
+    return jnp.exp(logs.sum() / x.number - logs) / x.number
+
+  return stateless("geometric", weigh, positive=True)
+
+
+class FamoState(NamedTuple):
+  """Logits, the Adam state that moves them, and the logarithms of the last losses."""
+
+  logits: LearnedState
+  log_losses: jax.Array  # [T]
+  known: jax.Array  # [T] bool
+
+
+def famo(*, learning_rate: jax.Array | float = 0.025, weight_decay: float = 1e-3) -> Balancer:
+  """Return a balancer that lowers the logarithms of all losses at the same rate, without task gradients.
+
+  With z = softmax(s), an update first moves s by Adam (L2 decay in the gradient) along `J_softmax' (log L_last - log
+  L)`, so that tasks that fell little gain weight, then gives `(z / L) / sum(z / L)`. Losses must be positive.
+
+  Args:
+    learning_rate: of Adam; a number or an `optax.Schedule`.
+    weight_decay: coefficient of s in its gradient.
+
+  Returns:
+    A Balancer.
+
+  Reference:
+    Liu et al., FAMO: Fast Adaptive Multitask Optimization, 2023, arXiv:2306.03792. The authors evaluate the change on
+    the same batch by a second forward pass; here it is the change since the last update. Call update on losses of the
+    same batch before and after the step for theirs.
+  """
+  optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+  start, step = learned(0.0, optimizer, "famo")
+
+  def init(num_tasks: int) -> FamoState:
+    return FamoState(start(num_tasks), jnp.zeros(num_tasks), jnp.zeros(num_tasks, bool))
+
+  def weigh(x: Inputs, state: FamoState):
+    logs = jnp.log(x.losses)
+    moves = x.usable & state.known
+    change = jnp.where(moves, state.log_losses - logs, 0)
+    shares = shares_of(state.logits.values, x.usable)
+    moved = step(shares * (change - (shares * change).sum()), state.logits, moves)
+    logits = jax.tree.map(lambda new, old: jnp.where(moves.any(), new, old), moved, state.logits)
+    weights = shares_of(logits.values - logs, x.usable)
+    return weights, FamoState(logits, jnp.where(x.usable, logs, state.log_losses), state.known | x.usable)
+
+  return make_balancer("famo", init, weigh, positive=True)
+
+
+class TchebycheffState(NamedTuple):
+  """Number of updates, and the losses seen at the end of the warm-up."""
+
+  step: jax.Array
+  total: jax.Array  # [T]
+  number: jax.Array  # [T] int
+
+
+def smooth_tchebycheff(*, smoothing: jax.Array | float = 1.0, warmup_steps: int, nadir_steps: int) -> Balancer:
+  """Return a balancer that lowers the largest log loss relative to a nadir, smoothly.
+
+  `warmup_steps` updates with weights `1 / L`; the nadir n is the mean of the last `nadir_steps` of their losses. Then
+  `T softmax(log(L / n) / smoothing) / L`, the gradient of `T smoothing logsumexp(log(L / n) / smoothing)`. Losses
+  must be positive. A task that had no loss while the nadir was taken has L = n.
+
+  Args:
+    smoothing: 0 is the maximum, large is the sum of the logs; may be traced.
+    warmup_steps: updates before the nadir is set; static.
+    nadir_steps: how many of them the nadir is the mean of; static.
+
+  Returns:
+    A Balancer.
+
+  Raises:
+    ValueError: not 1 <= nadir_steps <= warmup_steps.
+
+  Reference:
+    Lin et al., Smooth Tchebycheff Scalarization for Multi-Objective Optimization, 2024, arXiv:2402.19078.
+  """
+  if not 1 <= nadir_steps <= warmup_steps:
+    raise ValueError(f"must have 1 <= nadir_steps <= warmup_steps; got {nadir_steps} and {warmup_steps}.")
+
+  def init(num_tasks: int) -> TchebycheffState:
+    return TchebycheffState(jnp.int32(0), jnp.zeros(num_tasks), jnp.zeros(num_tasks, jnp.int32))
+
+  def weigh(x: Inputs, state: TchebycheffState):
+    known = (state.number > 0) & (state.total > 0)
+    nadir = jnp.where(known, state.total / jnp.maximum(state.number, 1), x.losses)
+    shares = x.number * shares_of(jnp.log(x.losses / nadir) / smoothing, x.usable)
+    warm = state.step < warmup_steps
+    takes = x.usable & warm & (state.step >= warmup_steps - nadir_steps)
+    total = state.total + jnp.where(takes, x.losses, 0)
+    step = jnp.minimum(state.step + 1, warmup_steps)
+    return jnp.where(warm, 1, shares) / x.losses, TchebycheffState(step, total, state.number + takes)
+
+  return make_balancer("smooth_tchebycheff", init, weigh, positive=True)
+
+
+def pbi(preference: jax.Array, *, penalty: jax.Array | float = 5.0, reference: jax.Array | float = 0.0) -> Balancer:
+  """Return a balancer for a point of the Pareto front: penalty-based boundary intersection.
+
+  Weights are the gradient of `d1 + penalty d2`: d1 the length of `L - reference` along the preference, d2 the
+  distance from that line (gradient 0 on it). With a penalty the weight of a loss below the line may be negative.
+
+  Args:
+    preference: direction in the space of the losses, `[T]`, non-negative.
+    penalty: of the distance from the direction; may be traced.
+    reference: lower bounds of the losses, a number or `[T]`.
+
+  Returns:
+    A Balancer with an empty state.
+
+  Reference:
+    Zhang and Li, MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition, IEEE TEVC 11 (2007).
+  """
+
+  def weigh(x: Inputs) -> jax.Array:
+    tasks = x.losses.shape[0]
+    direction = _unit(jnp.where(x.usable, per_task(preference, tasks, "pbi: preference"), 0))
+    shifted = jnp.where(x.usable, x.losses - per_task(reference, tasks, "pbi: reference"), 0)
+    across = shifted - (shifted @ direction) * direction
+    noise = 4 * jnp.finfo(across.dtype).eps * jnp.abs(shifted).max()
+    return direction + penalty * jnp.where(jnp.abs(across).max() > noise, _unit(across), 0)
+
+  return stateless("pbi", weigh)
+
+
+def cosmos(preference: jax.Array, *, penalty: jax.Array | float = 1.0) -> Balancer:
+  """Return a balancer for a point of the Pareto front: a weighted sum that rewards alignment with the preference.
+
+  Weights are the gradient of `r.L - penalty cos(r, L)`. The method's other half, a model that takes r as an input, is
+  the model's; draw r from a Dirichlet distribution for every batch then.
+
+  Args:
+    preference: r `[T]`, non-negative; may be traced.
+    penalty: of the cosine; may be traced.
+
+  Returns:
+    A Balancer with an empty state.
+
+  Reference:
+    Ruchte and Grabocka, Scalable Pareto Front Approximation for Deep Multi-Objective Learning, 2021, arXiv:2103.13392.
+  """
+
+  def weigh(x: Inputs) -> jax.Array:
+    wanted = jnp.where(x.usable, per_task(preference, x.losses.shape[0], "cosmos: preference"), 0)
+    losses = jnp.where(x.usable, x.losses, 0)
+    length = jnp.sqrt((losses**2).sum())
+    direction, towards = _unit(wanted), _unit(losses)
+    slope = (direction - (direction @ towards) * towards) / jnp.where(length > 0, length, 1)
+    return wanted - penalty * slope
+
+  return stateless("cosmos", weigh)
+
+
+def _unit(vector: jax.Array) -> jax.Array:
+  largest = jnp.abs(vector).max()
+  vector = vector / jnp.where(largest > 0, largest, 1)
+  squared = (vector**2).sum()
+  return vector * lax.rsqrt(jnp.where(squared > 0, squared, 1))
