@@ -1,0 +1,270 @@
+"""Batches whose position is a small dict: gathered on the device, streamed by Grain, or padded for evaluation."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdflax.data.arrays import Arrays, gather, num_examples
+
+
+def batch_indices(key: jax.Array, step: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
+  """Return the examples of one training batch as a pure function of the step.
+
+  Epoch `e` is a permutation by `fold_in(key, e)`, cut into whole batches; the rest of an epoch is dropped. Nothing is
+  carried from step to step, so any step can be computed first, under `jit`, `scan` or `vmap` over keys.
+
+  Args:
+    key: a random key; the same key gives the same batches.
+    step: training step counted from 0, may be traced.
+    num_examples: of the data set, static.
+    batch_size: examples per batch, static, at most `num_examples`.
+
+  Returns:
+    int32 `[batch_size]`, no example twice.
+
+  Raises:
+    ValueError: `batch_size` is not positive or larger than `num_examples`.
+  """
+  _check_batch_size(batch_size, num_examples)
+  epoch, position = jnp.divmod(jnp.asarray(step), num_examples // batch_size)
+  permutation = _epoch_permutation(key, epoch, num_examples)
+  return jax.lax.dynamic_slice_in_dim(permutation, position * batch_size, batch_size)
+
+
+class DeviceBatches:
+  """Iterate without end over batches gathered on the device, the examples being those of `batch_indices`.
+
+  The arrays go to the device once; JAX arrays stay where they are, sharded or not. The permutation is computed once
+  per epoch. The position is a dict for a checkpoint: after `set_state` the batches continue as if uninterrupted, in
+  this or another process.
+
+  Args:
+    arrays: dict of arrays `[examples, ...]`, possibly nested.
+    batch_size: examples per batch.
+    key: a random key.
+
+  Raises:
+    ValueError: `batch_size` is not positive or larger than the data.
+  """
+
+  def __init__(self, arrays: Arrays, batch_size: int, key: jax.Array):
+    self._num_examples = num_examples(arrays)
+    _check_batch_size(batch_size, self._num_examples)
+    self._arrays = jax.tree.map(jnp.asarray, arrays)
+    self._batch_size = batch_size
+    self._key = key
+    self._step = 0
+    self._permutation: tuple[int, jax.Array] | None = None
+
+  def __iter__(self) -> "DeviceBatches":
+    return self
+
+  def __next__(self) -> Arrays:
+    epoch, position = divmod(self._step, self._num_examples // self._batch_size)
+    if self._permutation is None or self._permutation[0] != epoch:
+      self._permutation = epoch, _epoch_permutation(self._key, epoch, self._num_examples)
+    self._step += 1
+    return _slice_and_gather(self._arrays, self._permutation[1], position * self._batch_size, size=self._batch_size)
+
+  def get_state(self) -> dict[str, Any]:
+    """Return the position: the step of the next batch, and what the batches depend on besides the arrays."""
+    return {
+      "step": self._step,
+      "num_examples": self._num_examples,
+      "batch_size": self._batch_size,
+      "key": np.asarray(jax.random.key_data(self._key)).tolist(),
+    }
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Continue at a position that `get_state` returned.
+
+    Args:
+      state: the position.
+
+    Raises:
+      ValueError: it belongs to other batches, which no position could continue; the differing fields are named.
+    """
+    own = self.get_state()
+    if set(state) != set(own):
+      raise ValueError(f"a position of DeviceBatches has the fields {sorted(own)}, got {sorted(state)}")
+    differing = [
+      f"{name} {state[name]} (here {own[name]})" for name in own if name != "step" and state[name] != own[name]
+    ]
+    if differing or state["step"] < 0:
+      raise ValueError(
+        f"the position at step {state['step']} is of other batches: {', '.join(differing) or 'step < 0'}"
+      )
+    self._step = int(state["step"])
+
+
+def grain_batches(
+  arrays: Arrays,
+  batch_size: int,
+  *,
+  seed: int,
+  augment: Callable[[Arrays, np.random.Generator], Arrays] | None = None,
+  num_workers: int = 0,
+) -> Any:
+  """Iterate without end over NumPy batches from a Grain pipeline: shuffle, repeat, augment, batch.
+
+  Every epoch has its own order, and every visit of an example its own random generator, both functions of the seed and
+  the position alone. Unlike `batch_indices` nothing is dropped at the end of an epoch: a batch may reach into the next.
+
+  Args:
+    arrays: dict of NumPy arrays `[examples, ...]`, possibly nested.
+    batch_size: examples per batch.
+    seed: of order and augmentation.
+    augment: `(record, generator) -> record`, where a record is the dict of one example's rows. The rows are views of
+      the data and read-only: return new arrays.
+    num_workers: processes; 0 reads in threads of this one. The batches are the same with any number, positions are
+      not. Workers import the main script again, so guard it with `if __name__ == "__main__"`.
+
+  Returns:
+    A Grain iterator with `__next__`, `get_state` and `set_state`; the position is a dict that JSON can hold, and Orbax
+    takes the iterator itself.
+
+  Raises:
+    ValueError: `batch_size` is not positive or larger than the data.
+  """
+  import grain  # takes two seconds, which users of DeviceBatches need not pay
+
+  _check_batch_size(batch_size, num_examples(arrays))
+  data = grain.MapDataset.source(_Records(arrays)).seed(seed).shuffle().repeat(None)
+  if augment is not None:
+    data = data.random_map(augment)
+  stream = data.batch(batch_size, drop_remainder=True).to_iter_dataset(
+    grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+  )
+  if num_workers:
+    _mark_flags_as_parsed()
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+  return iter(stream)
+
+
+def padded_batches(arrays: Arrays, batch_size: int) -> Iterator[Arrays]:
+  """Iterate once over every example in order, all batches of one size, for evaluation.
+
+  The last batch is filled up with copies of example 0 where `where` is False: one compiled function serves all
+  batches, and sums under the mask count every example exactly once.
+
+  Args:
+    arrays: dict of arrays `[examples, ...]`, possibly nested.
+    batch_size: examples per batch; may exceed the data.
+
+  Returns:
+    An iterator over dicts with arrays `[batch_size, ...]` and `where`, bool `[batch_size]`.
+
+  Raises:
+    ValueError: `batch_size` is not positive, or there is an array named `where` already.
+  """
+  total = num_examples(arrays)
+  if batch_size <= 0:
+    raise ValueError(f"batch_size={batch_size} must be positive")
+  if "where" in arrays:
+    raise ValueError("padded_batches adds 'where', but the data has an array of that name; rename it")
+  return _padded(arrays, batch_size, total)
+
+
+def _padded(arrays: Arrays, batch_size: int, total: int) -> Iterator[Arrays]:
+  for start in range(0, total, batch_size):
+    rows = np.arange(start, start + batch_size)
+    where = rows < total
+    yield gather(arrays, np.where(where, rows, 0)) | {"where": where}
+
+
+def mix(labelled: Arrays, unlabelled: Arrays) -> Arrays:
+  """Put a labelled and an unlabelled batch into one, the labelled examples first.
+
+  Args:
+    labelled: dict of arrays `[labelled examples, ...]`, possibly nested.
+    unlabelled: dict of the same names with arrays `[unlabelled examples, ...]`; labels in it are carried, not used.
+
+  Returns:
+    The rows of both, with `labelled`, bool: the mask of the terms that need a label.
+
+  Raises:
+    ValueError: the two have different names, or rows of different shape.
+  """
+  first, rest = num_examples(labelled), num_examples(unlabelled)
+  try:
+    together = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), labelled, unlabelled)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"labelled and unlabelled batches differ in names or shapes: {error}") from error
+  return together | {"labelled": jnp.arange(first + rest) < first}
+
+
+class MixedBatches:
+  """Iterate over two streams at once, as `mix` puts them together; the position is that of both.
+
+  Args:
+    labelled: iterator of labelled batches with `get_state` and `set_state`.
+    unlabelled: iterator of unlabelled batches with the same names.
+  """
+
+  def __init__(self, labelled: Any, unlabelled: Any):
+    self._streams = {"labelled": labelled, "unlabelled": unlabelled}
+
+  def __iter__(self) -> "MixedBatches":
+    return self
+
+  def __next__(self) -> Arrays:
+    return mix(**{name: next(stream) for name, stream in self._streams.items()})
+
+  def get_state(self) -> dict[str, Any]:
+    """Return the positions of both streams."""
+    return {name: stream.get_state() for name, stream in self._streams.items()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Continue at a position that `get_state` returned."""
+    for name, stream in self._streams.items():
+      stream.set_state(state[name])
+
+
+class _Records:
+  """Random access to single examples, as Grain wants it; at module level so that workers can unpickle it."""
+
+  def __init__(self, arrays: Arrays):
+    self._arrays = jax.tree.map(_read_only, arrays)
+    self._length = num_examples(arrays)
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> Arrays:
+    return jax.tree.map(lambda values: values[index], self._arrays)
+
+
+def _read_only(values: np.ndarray) -> np.ndarray:
+  """Return a view in which an augmentation that writes in place fails instead of changing the data."""
+  view = np.asarray(values).view()
+  view.setflags(write=False)
+  return view
+
+
+def _epoch_permutation(key: jax.Array, epoch: jax.Array | int, total: int) -> jax.Array:
+  return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(total, dtype=jnp.int32))
+
+
+def _slice_and_gather_rows(arrays: Arrays, permutation: jax.Array, start: jax.Array | int, *, size: int) -> Arrays:
+  return gather(arrays, jax.lax.dynamic_slice_in_dim(permutation, start, size))
+
+
+_slice_and_gather = jax.jit(_slice_and_gather_rows, static_argnames="size")
+
+
+def _check_batch_size(batch_size: int, total: int) -> None:
+  if batch_size <= 0:
+    raise ValueError(f"batch_size={batch_size} must be positive")
+  if batch_size > total:
+    raise ValueError(f"batch_size={batch_size} is larger than the data: {total} examples")
+
+
+def _mark_flags_as_parsed() -> None:
+  """Let Grain read its absl flags in a program that is no absl application; without this its workers fail to start."""
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
