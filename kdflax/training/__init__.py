@@ -1,0 +1,43 @@
+"""Training: state, step, loop, mesh, checkpoints and metrics. Names no loss and no model."""
+
+from kdflax.training import metrics
+from kdflax.training.checkpoints import Checkpoints, digest
+from kdflax.training.loop import fit
+from kdflax.training.mesh import make_mesh, place_batch, replicated
+from kdflax.training.run import (
+  PREEMPTED,
+  MetricsLog,
+  Preempted,
+  RunDirectory,
+  RunDirectoryError,
+  stop_on_sigterm,
+  write_atomically,
+)
+from kdflax.training.state import TrainState, named_key
+from kdflax.training.step import Average, Learner, Penalty, apply_models, learner, make_eval_step, make_train_step
+
+__all__ = [
+  "PREEMPTED",
+  "Average",
+  "Checkpoints",
+  "Learner",
+  "MetricsLog",
+  "Penalty",
+  "Preempted",
+  "RunDirectory",
+  "RunDirectoryError",
+  "TrainState",
+  "apply_models",
+  "digest",
+  "fit",
+  "learner",
+  "make_eval_step",
+  "make_mesh",
+  "make_train_step",
+  "metrics",
+  "named_key",
+  "place_batch",
+  "replicated",
+  "stop_on_sigterm",
+  "write_atomically",
+]

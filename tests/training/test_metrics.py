@@ -1,0 +1,79 @@
+"""Metrics against plain NumPy, and sums that add up."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdflax.training import metrics
+
+EXAMPLES, CLASSES = 40, 4
+
+
+@pytest.fixture(scope="module")
+def arrays():
+  random = np.random.default_rng(0)
+  return 2 * random.normal(size=(EXAMPLES, CLASSES)).astype(np.float32), random.integers(CLASSES, size=EXAMPLES)
+
+
+def _softmax(logits):
+  exponentials = np.exp(np.asarray(logits, np.float64))
+  return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def test_negative_log_likelihood(arrays):
+  logits, labels = arrays
+  expected = -np.log(_softmax(logits)[np.arange(EXAMPLES), labels])
+  np.testing.assert_allclose(metrics.negative_log_likelihood(logits, labels), expected, rtol=1e-5)
+
+
+def test_brier_score(arrays):
+  logits, labels = arrays
+  expected = ((_softmax(logits) - np.eye(CLASSES)[labels]) ** 2).sum(-1)
+  np.testing.assert_allclose(metrics.brier_score(logits, labels), expected, rtol=1e-5)
+
+
+def test_accuracy_and_agreement(arrays):
+  logits, labels = arrays
+  np.testing.assert_array_equal(metrics.accuracy(logits, labels), logits.argmax(-1) == labels)
+  teacher = np.roll(logits, 1, axis=0)
+  np.testing.assert_array_equal(metrics.agreement(logits, teacher), logits.argmax(-1) == teacher.argmax(-1))
+
+
+def test_metrics_of_bfloat16_logits_are_taken_in_float32(arrays):
+  logits, labels = arrays
+  narrow = jnp.asarray(logits, jnp.bfloat16)
+  for metric in (metrics.negative_log_likelihood, metrics.brier_score):
+    assert metric(narrow, labels).dtype == jnp.float32
+    np.testing.assert_array_equal(metric(narrow, labels), metric(narrow.astype(jnp.float32), labels))
+
+
+@pytest.mark.parametrize("bins", [1, 4, 15])
+def test_expected_calibration_error(arrays, bins):
+  logits, labels = arrays
+  probs = _softmax(logits)
+  confidence, correct = probs.max(-1), probs.argmax(-1) == labels
+  expected = 0.0
+  for lower in np.arange(bins) / bins:
+    inside = (confidence >= lower) & (confidence < lower + 1 / bins)
+    if inside.any():
+      expected += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+  assert metrics.expected_calibration_error(logits, labels, bins=bins) == pytest.approx(expected, rel=1e-9)
+
+
+def test_certainty_is_calibrated_only_when_right():
+  """A confidence of exactly 1 belongs to the last bin."""
+  logits = np.array([[1000.0, 0.0], [1000.0, 0.0]])
+  assert metrics.expected_calibration_error(logits, np.array([0, 0])) == 0
+  assert metrics.expected_calibration_error(logits, np.array([1, 1])) == 1
+  assert metrics.expected_calibration_error(logits, np.array([0, 1])) == 0.5
+
+
+def test_sums_add_before_they_are_divided():
+  sums = metrics.add(None, {"loss": (jnp.float32(3), jnp.float32(1))})
+  sums = metrics.add(sums, {"loss": (jnp.float32(1), jnp.float32(3))})
+  assert metrics.means(sums) == {"loss": 1.0}
+
+
+def test_sums_keep_the_axis_of_the_seeds_and_zero_counts_are_no_error():
+  sums = {"loss": (jnp.array([2.0, 3.0]), jnp.array([2.0, 2.0])), "absent": (jnp.float32(0), jnp.float32(0))}
+  assert metrics.means(metrics.add(sums, sums)) == {"loss": [1.0, 1.5], "absent": 0.0}

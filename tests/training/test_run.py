@@ -1,0 +1,166 @@
+"""The run directory refuses what would spoil a run, and its files are whole at every moment."""
+
+import errno
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kdflax.training import MetricsLog, RunDirectory, RunDirectoryError, stop_on_sigterm, write_atomically
+
+CONFIG = {"seeds": 2, "weights": {"soft": 1.0, "hint": 0.5}, "labels": (10, 20)}
+
+
+def test_a_new_directory_holds_its_settings(tmp_path):
+  with RunDirectory(tmp_path / "deep" / "run", CONFIG) as run:
+    assert json.loads((run.path / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
+
+
+def test_the_same_settings_continue(tmp_path):
+  for _ in range(2):
+    with RunDirectory(tmp_path, CONFIG):
+      pass
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
+  script = (
+    "import sys; from kdflax.training import RunDirectory\n"
+    f"with RunDirectory({str(tmp_path)!r}, {{}}):\n  print('locked', flush=True); sys.stdin.read()"
+  )
+  with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(RunDirectoryError, match="another process is writing"):
+      RunDirectory(tmp_path, {})
+    other.kill()
+    other.wait()
+  with RunDirectory(tmp_path, {}):  # a killed process holds no lock
+    pass
+
+
+def test_a_second_writer_in_one_process_is_refused(tmp_path):
+  with RunDirectory(tmp_path, {}), pytest.raises(RunDirectoryError, match="another process"):
+    RunDirectory(tmp_path, {})
+
+
+def test_a_foreign_directory_is_refused_and_left_alone(tmp_path):
+  (tmp_path / "thesis.tex").write_text("years of work")
+  with pytest.raises(RunDirectoryError, match=r"holds other files and no config.json"):
+    RunDirectory(tmp_path, CONFIG)
+  assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_file_is_refused(tmp_path):
+  (tmp_path / "run").write_text("")
+  with pytest.raises(RunDirectoryError, match="is a file; choose a directory"):
+    RunDirectory(tmp_path / "run", CONFIG)
+
+
+@pytest.mark.parametrize("leftover", [[], ["lock"], ["lock", ".config.json.k3xw"]])
+def test_a_run_that_was_killed_before_it_wrote_its_settings_starts_anew(tmp_path, leftover):
+  for name in leftover:
+    (tmp_path / name).touch()
+  with RunDirectory(tmp_path, CONFIG):
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "lock"]
+
+
+def test_differing_settings_are_listed_and_may_be_accepted(tmp_path):
+  with RunDirectory(tmp_path, CONFIG):
+    pass
+  changed = {"seeds": 3, "weights": {"soft": 1.0, "hint": 0.25}, "labels": (10, 20), "shift": 1}
+  with pytest.raises(RunDirectoryError) as caught:
+    RunDirectory(tmp_path, changed)
+  listed = [line.strip() for line in str(caught.value).splitlines()[1:]]
+  assert listed == ["seeds: 2 before, 3 now", "shift: 'absent' before, 1 now", "weights.hint: 0.5 before, 0.25 now"]
+  assert json.loads((tmp_path / "config.json").read_text())["seeds"] == 2
+  with RunDirectory(tmp_path, changed, accept_changes=True):
+    pass
+  with RunDirectory(tmp_path, changed):  # a refusal gave the lock back, and the new settings are kept
+    pass
+
+
+def test_a_place_that_cannot_be_written_is_named():
+  path = pathlib.Path("/proc/kdflax")  # not writable, whoever runs the tests
+  with pytest.raises(RunDirectoryError, match=rf"cannot write to {path}.*choose another directory"):
+    RunDirectory(path, CONFIG)
+
+
+def test_a_read_only_run_directory_is_named(tmp_path, monkeypatch):
+  with RunDirectory(tmp_path, CONFIG):
+    pass
+
+  def refuse(*_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+  monkeypatch.setattr("builtins.open", refuse)
+  with pytest.raises(RunDirectoryError, match="Read-only file system"):
+    RunDirectory(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_full_disk_leaves_the_old_content_and_no_litter(tmp_path, monkeypatch, old):
+  path = tmp_path / "results.json"
+  if old is not None:
+    write_atomically(path, old)
+
+  def full(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match="No space left"):
+    write_atomically(path, "new")
+  assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else ["results.json"])
+  assert old is None or path.read_text() == old
+
+
+def test_files_are_written_whole_and_readable_by_others(tmp_path):
+  write_atomically(tmp_path / "a.txt", "ä\n")
+  write_atomically(tmp_path / "a.txt", b"\x00\x01")
+  assert (tmp_path / "a.txt").read_bytes() == b"\x00\x01"
+  assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o644
+
+
+def _rows(path):
+  return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_log_is_rewound_to_a_checkpoint_or_to_the_last_complete_phase(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  log = MetricsLog(path)
+  for step in (1, 2):
+    log.append({"step": step})
+  at_two = log.offset()
+  log.append({"step": 3})
+  log.close()
+  log = MetricsLog(path)
+  log.rewind(at_two)
+  log.append({"step": 4})
+  assert log.offset() > at_two
+  log.passed(log.offset())
+  log.append({"step": 5})
+  log.rewind()
+  log.append({"step": 6})
+  log.close()
+  assert _rows(path) == [1, 2, 4, 6]
+
+
+def test_a_log_that_lost_rows_is_not_filled_with_zeros(tmp_path):
+  log = MetricsLog(tmp_path / "metrics.jsonl")
+  log.append({"step": 1})
+  end = log.offset()
+  with pytest.raises(ValueError, match=rf"metrics.jsonl has {end} bytes.*counts on {end + 5}"):
+    log.rewind(end + 5)
+  log.close()
+  assert _rows(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_sigterm_sets_the_event_and_the_handler_comes_back():
+  before = signal.getsignal(signal.SIGTERM)
+  with stop_on_sigterm() as stop:
+    assert not stop.is_set()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.is_set()
+  assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,346 @@
+"""The training step is the one that a reader would write by hand, whatever surrounds it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kdflax import balancing, losses, models, training
+from kdflax.objectives import Term
+
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+CLASSES, RATE = 3, 0.5
+NETWORK = {
+  "student": models.mlp((4,), num_classes=CLASSES),
+  "teacher": models.mlp((5,), num_classes=CLASSES),
+  "connector": models.linear_connector("student.embedding", 5),
+}
+HARD = Term(cross_entropy, {"logits": "student.logits", "labels": "batch.label", "where": "batch.where"})
+SOFT = Term(
+  losses.kl_soft_targets,
+  {"student_logits": "student.logits", "teacher_logits": "teacher.logits", "temperature": 2.0},
+  0.5,
+)
+HINT = Term(losses.hint, {"student": "connector.output", "teacher": "teacher.embedding"}, 2.0)
+RELATION = Term(losses.rkd_distance, {"student": "student.embedding", "teacher": "teacher.embedding"}, 3.0)
+TERMS = {"hard": HARD, "soft": SOFT, "hint": HINT}
+SHARED = "student/hidden"
+
+
+def _batch(size=8, seed=0):
+  random = np.random.default_rng(seed)
+  return {
+    "image": random.normal(size=(size, 6)).astype(np.float32),
+    "label": random.integers(CLASSES, size=size),
+    "where": np.arange(size) % 4 != 1,
+  }
+
+
+@pytest.fixture(scope="module")
+def frozen():
+  return {"teacher": NETWORK["teacher"].init(jax.random.key(7), _batch())}
+
+
+@functools.cache
+def _learner(**options):
+  return training.learner(NETWORK, TERMS, optax.sgd(RATE), **options)
+
+
+def _init(learner, frozen):
+  return learner.init(jax.random.key(0), _batch(), frozen)
+
+
+def _rows(params, batch, frozen):
+  """The objective's terms, from the outputs of the models."""
+  student = NETWORK["student"].apply(params["student"], {}, batch, train=True, key=jax.random.key(0))[0]
+  teacher = NETWORK["teacher"].apply(*frozen["teacher"], batch, train=False, key=None)[0]
+  projected = NETWORK["connector"].apply(
+    params["connector"], {}, student["embedding"], train=True, key=jax.random.key(0)
+  )[0]["output"]
+  hard = cross_entropy(student["logits"], batch["label"])
+  log_p, log_q = (jax.nn.log_softmax(outputs["logits"] / 2) for outputs in (teacher, student))
+  soft = 4 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+  hint = jnp.square(projected - teacher["embedding"]).mean(-1)
+  hard = jnp.where(batch["where"], hard, 0).sum() / jnp.maximum(batch["where"].sum(), 1)
+  return jnp.stack([hard, 0.5 * soft.mean(), 2.0 * hint.mean()])
+
+
+@pytest.fixture(scope="module")
+def by_hand(frozen):
+  """Parameters at the start, losses [3] and gradients with a leading axis of 3."""
+  params, batch = _init(_learner(), frozen).params, _batch()
+  rows = lambda p: _rows(p, batch, frozen)
+  return params, jax.jit(rows)(params), jax.jit(jax.jacrev(rows))(params)
+
+
+def _assert_close(a, b, rtol=1e-5):
+  """Relative to the largest entry of each array: gradients have entries that cancel to nearly 0."""
+  compare = lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(np.asarray(y)).max())
+  jax.tree.map(compare, a, b)
+
+
+def _directions(before, after):
+  return jax.tree.map(lambda a, b: (a - b) / RATE, before, after)
+
+
+def _weighted(jacobian, weights):
+  return jax.tree.map(lambda rows: jnp.tensordot(jnp.asarray(weights), rows, 1), jacobian)
+
+
+def _step(frozen, batch=None, **options):
+  learner = _learner(**options)
+  state = _init(learner, frozen)
+  return state, *jax.jit(learner.step)(state, _batch() if batch is None else batch, frozen)
+
+
+def test_one_step_of_sgd_is_the_gradient_of_the_objective(frozen, by_hand):
+  _, values, jacobian = by_hand
+  before, after, metrics = _step(frozen)
+  assert before.params.keys() == {"student", "connector"}
+  _assert_close(_directions(before.params, after.params), _weighted(jacobian, np.ones(3)))
+  means = training.metrics.means(metrics)
+  _assert_close([means["hard"], 0.5 * means["soft"], 2.0 * means["hint"]], list(values))
+  assert metrics["hard"][1] == _batch()["where"].sum()
+  assert after.step == 1
+
+
+def test_a_frozen_model_is_no_part_of_the_state(frozen):
+  before = jax.tree.map(np.array, frozen)
+  _, after, _ = _step(frozen)
+  jax.tree.map(np.testing.assert_array_equal, before, frozen)
+  assert not {"teacher"} & (after.params.keys() | after.model_state.keys())
+
+
+def test_averages_follow_exactly(frozen):
+  """A mean teacher with a decay that changes, from the student's own parameters."""
+  network = {"student": NETWORK["student"], "mean": NETWORK["student"], "copy": NETWORK["student"]}
+  decay = optax.linear_schedule(0.5, 0.9, 2)
+  averages = {"mean": training.Average("student", decay), "copy": training.Average("student", 0.0)}
+  soft = Term(losses.kl_soft_targets, {"student_logits": "student.logits", "teacher_logits": "mean.logits"})
+  learner = training.learner(network, {"hard": HARD, "soft": soft}, optax.sgd(RATE), averages=averages)
+  state, step = learner.init(jax.random.key(0), _batch()), jax.jit(learner.step)
+  expected = jax.tree.map(np.asarray, state.params["student"])
+  jax.tree.map(np.testing.assert_array_equal, expected, state.averages["mean"])
+  for index in range(3):
+    state, _ = step(state, _batch(seed=index))
+    share = min(0.5 + 0.2 * index, 0.9)
+    expected = jax.tree.map(lambda a, b, d=share: d * a + (1 - d) * b, expected, state.params["student"])
+  _assert_close(state.averages["mean"], expected)
+  jax.tree.map(np.testing.assert_array_equal, state.averages["copy"], state.params["student"])
+  assert state.params.keys() == {"student"}
+
+
+def _partition(tree):
+  """(shared, own) by the path, as nested dicts flattened to names."""
+  flat = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
+  shared = {name: leaf for name, leaf in flat.items() if name.startswith(SHARED)}
+  assert shared and len(shared) < len(flat)
+  return shared, {name: leaf for name, leaf in flat.items() if name not in shared}
+
+
+@pytest.mark.parametrize(
+  ("name", "weigh_own"),
+  [("fixed", True), ("fixed", False), ("conflict_free", True), ("upgrad", False), ("db_mtl", True)],
+)
+def test_balancers_combine_rows_as_by_hand(frozen, by_hand, name, weigh_own):
+  """Shared params get the combination of the rows; others the same weights or, if asked for, the plain sum."""
+  _, values, jacobian = by_hand
+  shared, own = _partition(jacobian)
+  if name == "fixed":
+    balancer, weights = balancing.fixed(jnp.array([0.2, 3.0, 0.7])), np.array([0.2, 3.0, 0.7], np.float32)
+    direction = _weighted(shared, weights)
+  elif name in ("conflict_free", "upgrad"):
+    weighting = getattr(balancing, name)
+    balancer, weights = balancing.from_weighting(weighting), weighting(balancing.gramian(shared))
+    direction = _weighted(shared, weights)
+  else:
+    balancer, weights = balancing.db_mtl(), np.ones(3)  # a combiner gives no weights: others get the plain sum
+    logs = jax.tree.map(lambda g: g / values.reshape(3, *(1,) * (g.ndim - 1)), shared)
+    norms = np.sqrt(sum(np.square(g).sum(tuple(range(1, g.ndim))) for g in jax.tree.leaves(logs)))
+    direction = _weighted(logs, norms.max() / norms / 3)
+  learner = training.learner(NETWORK, TERMS, optax.sgd(RATE), balancer=balancer, shared=SHARED, weigh_own=weigh_own)
+  state = _init(learner, frozen)
+  after, metrics = jax.jit(learner.step)(state, _batch(), frozen)
+  moved_shared, moved_own = _partition(_directions(state.params, after.params))
+  _assert_close(moved_shared, direction, rtol=1e-4)  # upgrad solves a quadratic programme in float32
+  _assert_close(moved_own, _weighted(own, weights if weigh_own else np.ones(3)), rtol=1e-4)
+  # The plain sum is something else.
+  assert not np.allclose(direction[next(iter(direction))], _weighted(shared, np.ones(3))[next(iter(direction))])
+  if name != "db_mtl":
+    shown = [training.metrics.means(metrics)[f"weight/{term}"] for term in TERMS]
+    np.testing.assert_allclose(shown, weights, rtol=1e-4)
+
+
+def test_rows_add_terms_before_the_balancer(frozen, by_hand):
+  jacobian = by_hand[2]
+  rows = {"labels": ("hard",), "teacher": ("soft", "hint")}
+  learner = training.learner(
+    NETWORK, TERMS, optax.sgd(RATE), balancer=balancing.fixed(jnp.array([1.0, 0.25])), rows=rows
+  )
+  state = _init(learner, frozen)
+  after, metrics = jax.jit(learner.step)(state, _batch(), frozen)
+  _assert_close(_directions(state.params, after.params), _weighted(jacobian, np.array([1.0, 0.25, 0.25])))
+  assert {"weight/labels", "weight/teacher"} <= metrics.keys() and "weight/hard" not in metrics
+
+
+def test_a_row_without_examples_takes_no_part(frozen, by_hand):
+  """All labels masked: the update is that of the other terms alone."""
+  jacobian = by_hand[2]
+  batch = _batch() | {"where": np.zeros(8, bool)}
+  balancer = balancing.from_weighting(balancing.conflict_free)
+  learner = training.learner(NETWORK, TERMS, optax.sgd(RATE), balancer=balancer)
+  state = _init(learner, frozen)
+  after, metrics = jax.jit(learner.step)(state, batch, frozen)
+  others = jax.tree.map(lambda rows: rows[1:], jacobian)
+  weights = balancing.conflict_free(balancing.gramian(others))
+  _assert_close(_directions(state.params, after.params), _weighted(others, weights), rtol=1e-4)
+  assert training.metrics.means(metrics)["weight/hard"] == 0
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"rows": {"all": ("hard", "soft")}}, "rows must name every term once"),
+    ({"averages": {"mean": training.Average("student", 0.9)}}, "average 'mean' of 'student': models are"),
+    (
+      {"averages": {"teacher": training.Average("student", 0.9), "connector": training.Average("teacher", 0.9)}},
+      "'connector' of 'teacher', which is an average itself",
+    ),
+  ],
+)
+def test_mistakes_in_the_settings_are_found_when_they_are_made(options, message):
+  with pytest.raises(ValueError, match=message):
+    training.learner(NETWORK, TERMS, optax.sgd(RATE), **options)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (
+      {"terms": {"hint": Term(losses.hint, {"student": "conector.output", "teacher": "teacher.embedding"})}},
+      r"no 'conector.output' in the context: the context has \['batch', 'connector', 'step', 'student', 'teacher'\]",
+    ),
+    (
+      {"models": NETWORK | {"teacher": models.mlp((5,), num_classes=4)}},
+      r"student_logits \(8, 3\), teacher_logits \(8, 4\)",
+    ),
+    ({"shared": "student/encoder", "balancer": balancing.db_mtl()}, "shared='student/encoder' matches none of"),
+  ],
+  ids=["path", "classes", "shared"],
+)
+def test_mistakes_are_found_before_the_first_step(options, message):
+  settings = {"models": NETWORK, "terms": TERMS, "optimizer": optax.sgd(RATE)} | options
+  with pytest.raises(ValueError, match=message):
+    training.learner(**settings).init(jax.random.key(0), _batch())
+
+
+def test_frozen_models_are_checked(frozen):
+  with pytest.raises(ValueError, match=r"frozen \['assistant'\] are not among the models"):
+    _learner().init(jax.random.key(0), _batch(), {"assistant": frozen["teacher"]})
+  network = {**NETWORK, "mean": NETWORK["teacher"]}
+  learner = training.learner(network, TERMS, optax.sgd(RATE), averages={"mean": training.Average("teacher", 0.9)})
+  with pytest.raises(ValueError, match="average 'mean' of 'teacher' follows nothing"):
+    learner.init(jax.random.key(0), _batch(), frozen)
+
+
+def _sample(data, key, step):
+  return data | {"image": data["image"] + jax.random.normal(jax.random.fold_in(key, step), data["image"].shape)}
+
+
+@pytest.fixture(scope="module")
+def stochastic():
+  """Dropout, drawn batches and momentum: whatever may differ between two ways to run a program."""
+  network = {"student": models.mlp((4,), num_classes=CLASSES, dropout=0.5), "teacher": NETWORK["teacher"]}
+  return training.learner(network, {"hard": HARD, "relation": RELATION}, optax.adam(0.05), sample=_sample)
+
+
+def test_seeds_trained_together_are_those_trained_apart(stochastic, frozen):
+  keys = jax.random.split(jax.random.key(3), 3)
+  together = training.Learner(jax.vmap(stochastic.init, (0, None, None)), jax.vmap(stochastic.step, (0, None, None)))
+  states, step, one = jax.jit(together.init)(keys, _batch(), frozen), jax.jit(together.step), jax.jit(stochastic.step)
+  apart = [stochastic.init(key, _batch(), frozen) for key in keys]
+  for _ in range(2):
+    states, _ = step(states, _batch(), frozen)
+    apart = [one(state, _batch(), frozen)[0] for state in apart]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state.params for state in apart))
+  _assert_close(states.params, stacked)
+  assert not np.allclose(*jax.tree.leaves(stacked)[-1][:2])
+
+
+def test_steps_in_one_call_are_those_steps(stochastic, frozen):
+  init = lambda: stochastic.init(jax.random.key(1), _batch(), frozen)
+  state, step, sums = init(), training.make_train_step(stochastic), None
+  for _ in range(3):
+    state, metrics = step(state, _batch(), frozen)
+    sums = training.metrics.add(sums, metrics)
+  scanned, metrics = training.make_train_step(stochastic, steps_per_call=3)(init(), _batch(), frozen)
+  _assert_close(scanned.params, state.params)
+  _assert_close(metrics, sums)
+  assert scanned.step == 3
+
+
+@pytest.mark.parametrize("how", ["mesh", "shard_map"])
+def test_eight_devices_are_one_device(frozen, how):
+  """With relations across the batch, masks that leave devices unequal counts, and gradients combined by rows."""
+  terms, batch, mesh = {"hard": HARD, "hint": HINT, "relation": RELATION}, _batch(16), training.make_mesh()
+  balancer = balancing.from_weighting(balancing.conflict_free)
+  make = functools.partial(training.learner, NETWORK, terms, optax.sgd(RATE), balancer=balancer)
+  state = _init(make(), frozen)
+  start = jax.tree.map(np.array, state.params)  # a donated state takes its copies on other devices with it
+  expected, sums = jax.jit(make().step)(state, batch, frozen)
+  if how == "mesh":
+    place = lambda tree: jax.device_put(tree, training.replicated(mesh))
+    step = training.make_train_step(make(), mesh=mesh)
+    result, metrics = step(place(state), training.place_batch(batch, mesh), place(frozen))
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(result))
+  else:
+    spread = jax.shard_map(make(axis_name="data").step, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P())
+    result, metrics = jax.jit(spread)(state, batch, frozen)
+  _assert_close(_directions(start, result.params), _directions(start, expected.params), rtol=1e-4)
+  _assert_close(metrics, sums, rtol=1e-4)
+
+
+def test_the_state_is_donated_and_survives_it(frozen):
+  """Averages start at the student's params and optimizers may keep copies: no buffer may be given away twice."""
+  network = {**NETWORK, "mean": NETWORK["student"]}
+  optimizer = optax.chain(optax.sgd(RATE, momentum=0.9), _remembering_start())
+  learner = training.learner(network, TERMS, optimizer, averages={"mean": training.Average("student", 0.9)})
+  key = jax.random.key(0)
+  state, step = learner.init(key, _batch(), frozen), training.make_train_step(learner)
+  start = jax.tree.map(np.array, state.params["student"])
+  for _ in range(2):
+    before = state
+    state, _ = step(state, _batch(), frozen)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.opt_state, before.averages)))
+  assert not key.is_deleted() and not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+  jax.tree.map(np.testing.assert_array_equal, state.opt_state[1]["student"], start)
+
+
+def _remembering_start():
+  return optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
+
+
+def test_evaluation_leaves_out_the_padding(frozen):
+  variables = {"student": NETWORK["student"].init(jax.random.key(1), _batch())}
+  evaluate = training.make_eval_step({"student": NETWORK["student"]}, {"hard": HARD})
+  batch = _batch(8)
+  whole = evaluate(variables, batch)["hard"]
+  batch["image"][~batch["where"]] = 1e6
+  np.testing.assert_allclose(evaluate(variables, batch)["hard"], whole, rtol=1e-5)
+  logits = training.apply_models({"student": NETWORK["student"]}, variables, batch)["student"]["logits"]
+  expected = cross_entropy(logits, batch["label"])[batch["where"]]
+  np.testing.assert_allclose(whole, (expected.sum(), len(expected)), rtol=1e-5)
+
+
+def test_a_term_that_trains_nothing_is_refused():
+  """A model that happens to be called "teacher" is trained only by terms that do not stop its gradient."""
+  network = {"teacher": NETWORK["student"]}
+  inputs = {"logits": "teacher.logits", "labels": "batch.label"}
+  stopped, trained = ({"hard": Term(cross_entropy, inputs, stop_gradient=s)} for s in (("teacher",), ()))
+  with pytest.raises(ValueError, match=r"term 'hard' trains nothing.*teacher\.logits.*stop_gradient=\(\)"):
+    training.learner(network, stopped, optax.sgd(RATE)).init(jax.random.key(0), _batch())
+  training.learner(network, trained, optax.sgd(RATE)).init(jax.random.key(0), _batch())
