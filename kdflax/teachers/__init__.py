@@ -1,0 +1,26 @@
+"""Teachers: several as one, recorded outputs that stand in for a live model, and frozen ones known by their content."""
+
+from kdflax.teachers.ensembles import (
+  average_logits,
+  average_probabilities,
+  confidence_weighted,
+  label_map,
+  random_teacher,
+  subset_teachers,
+)
+from kdflax.teachers.references import load_variables, save_variables
+from kdflax.teachers.store import read_record, record, recorded
+
+__all__ = [
+  "average_logits",
+  "average_probabilities",
+  "confidence_weighted",
+  "label_map",
+  "load_variables",
+  "random_teacher",
+  "read_record",
+  "record",
+  "recorded",
+  "save_variables",
+  "subset_teachers",
+]

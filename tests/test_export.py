@@ -1,0 +1,92 @@
+"""An exported model gives the same outputs without kdflax's models, for every batch size."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdflax import models
+from kdflax.export import export_model, load_exported
+from kdflax.models import Model
+
+
+def _images(size, seed=0):
+  return np.random.default_rng(seed).normal(size=(size, 8, 8, 1)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  model, directory = models.convnet((2, 3), 5, dropout=0.5), tmp_path_factory.mktemp("exported")
+  variables = model.init(jax.random.key(0), {"image": _images(2)})
+  _, state = model.apply(*variables, {"image": _images(4)}, train=True, key=jax.random.key(1))
+  variables = variables[0], state  # with running statistics that are no longer 0 and 1
+  digest = export_model(
+    directory, model, variables, {"image": _images(2)}, outputs=("logits", "features.stage2"), platforms=("cpu", "cuda")
+  )
+  return model, variables, directory, digest
+
+
+def test_outputs_are_those_of_the_model_for_every_batch_size(exported):
+  model, variables, directory, digest = exported
+  predict = load_exported(directory, digest=digest)
+  for size in (1, 3):
+    batch = {"image": _images(size, seed=size), "label": np.zeros(size, np.int32)}
+    expected, _ = jax.jit(lambda v, b: model.apply(*v, b, train=False, key=None))(variables, batch)
+    found = predict(batch)
+    assert set(found) == {"logits", "features.stage2"}
+    np.testing.assert_allclose(found["logits"], expected["logits"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["features.stage2"], expected["features"]["stage2"], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_arguments_and_beside_the_program(exported):
+  _, variables, directory, _ = exported
+  manifest = json.loads((directory / "manifest.json").read_text())
+  assert manifest["arguments"]["variables"][0]["head"]["kernel"] == "float32[3,5]"
+  assert manifest["arguments"]["batch"] == {"image": "float32[batch,8,8,1]"}
+  assert manifest["results"]["logits"] == "float32[batch,5]"
+  assert manifest["platforms"] == ["cpu", "cuda"]
+  content = (directory / "variables.safetensors").read_bytes()
+  kernel = np.asarray(variables[0]["head"]["kernel"]).tobytes()
+  assert kernel in content and kernel not in (directory / "model.stablehlo").read_bytes()
+
+
+def test_only_what_was_exported_is_loaded(exported, tmp_path):
+  _, _, directory, digest = exported
+  with pytest.raises(ValueError, match="other variables"):
+    load_exported(directory, digest="0" * 64)
+  for file in directory.iterdir():
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  (tmp_path / "model.stablehlo").write_bytes((directory / "model.stablehlo").read_bytes()[:-1])
+  with pytest.raises(ValueError, match=r"model\.stablehlo is not what was exported"):
+    load_exported(tmp_path, digest=digest)
+  (tmp_path / "manifest.json").unlink()
+  with pytest.raises(ValueError, match="no complete export"):
+    load_exported(tmp_path)
+
+
+def test_what_does_not_fit_is_refused(exported):
+  predict = load_exported(exported[2])
+  with pytest.raises(ValueError, match="the model reads"):
+    predict({"pixels": _images(2)})
+  with pytest.raises(ValueError, match="8"):
+    predict({"image": _images(2)[:, :7]})
+
+
+def _model(function):
+  return Model(lambda key, example: ({}, {}), lambda p, s, batch, *, train, key: (function(batch["image"]), s))
+
+
+@pytest.mark.parametrize(
+  "function", [lambda x: {"logits": jnp.concatenate([x, x])}, lambda x: {"logits": x if x.shape[0] > 3 else 2 * x}]
+)
+def test_a_model_that_depends_on_its_batch_size_stays(tmp_path, function):
+  with pytest.raises(ValueError, match="depends on its batch size"):
+    export_model(tmp_path, _model(function), ({}, {}), {"image": _images(2)})
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_connector_stays(tmp_path):
+  with pytest.raises(ValueError, match=r"reads 'student.embedding'"):
+    export_model(tmp_path, models.linear_connector("student.embedding", 3), ({}, {}), {"image": _images(2)})
