@@ -1,0 +1,119 @@
+"""What every experiment does around its question: the command line, progress, intervals, tables, pictures."""
+
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from scipy import stats
+from tqdm import tqdm
+
+from kdflax.training import PREEMPTED, Preempted, write_atomically
+
+BAD_INPUT = 2  # exit code
+_ROOM = 100 * 2**20  # bytes that a run wants free on the disk
+
+
+def run_command_line(main: Callable[[Any], None], config_type: type) -> None:
+  """Parses the arguments into a config and runs; mistakes end in one clear line and an exit code of their own."""
+  config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
+  cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "kdflax"))
+  jax.config.update("jax_compilation_cache_dir", cache)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  try:
+    main(config)
+  except Preempted as message:
+    print(f"stopped: {message}", file=sys.stderr)
+    sys.exit(PREEMPTED)
+  except (ValueError, OSError) as error:
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()) if "JAX" not in note)
+    print(f"error: {error}{notes}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def check_room(path: str | pathlib.Path) -> None:
+  """Raises an OSError while there is still nothing to lose if the disk is nearly full."""
+  existing = next(p for p in [pathlib.Path(path).absolute(), *pathlib.Path(path).absolute().parents] if p.exists())
+  free = shutil.disk_usage(existing).free
+  if free < _ROOM:
+    raise OSError(f"only {free / 2**20:.0f} MiB are free at {existing}, a run wants {_ROOM / 2**20:.0f}; make room")
+
+
+class Progress:
+  """Progress of one phase: a bar with its ETA on a terminal, a line every ten seconds elsewhere."""
+
+  def __init__(self, label: str, total: int):
+    self._label, self._total, self._start, self._said = label, total, time.monotonic(), time.monotonic()
+    self._bar = tqdm(total=total, desc=label, file=sys.stderr) if sys.stderr.isatty() else None
+
+  def __call__(self, done: int, row: Mapping[str, Any]) -> None:
+    if self._bar is not None:
+      self._bar.update(done - self._bar.n)
+      if done == self._total:
+        self._bar.close()
+    elif done == self._total:
+      print(f"{self._label}: {done} steps, {time.monotonic() - self._start:.1f} s", file=sys.stderr, flush=True)
+    elif time.monotonic() - self._said > 10:
+      self._said = time.monotonic()
+      print(f"{self._label}: step {done} of {self._total}", file=sys.stderr, flush=True)
+
+
+def peek(batches: Any) -> Any:
+  """The next batch, without moving the position."""
+  position = batches.get_state() if hasattr(batches, "get_state") else None
+  batch = next(batches)
+  if position is not None:
+    batches.set_state(position)
+  return batch
+
+
+def interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float]:
+  """Mean and half width of its Student t interval; the width is NaN for one value."""
+  values = np.asarray(values, np.float64)
+  if len(values) < 2:
+    return float(values.mean()), float("nan")
+  width = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+  return float(values.mean()), float(width)
+
+
+def plus_minus(values: Sequence[float] | np.ndarray, scale: float = 100, digits: int = 1, sign: str = "") -> str:
+  """`mean +- half width`, in percent by default."""
+  mean, width = interval(values)
+  return f"{scale * mean:{sign}.{digits}f} ± {scale * width:.{digits}f}"
+
+
+def beyond_noise(differences: Sequence[float] | np.ndarray) -> str:
+  """ "yes" where the 95% interval of paired differences excludes 0, else "no"; of one pair nothing can be said."""
+  mean, width = interval(differences)
+  return "?" if np.isnan(width) else "yes" if abs(mean) > width else "no"
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Rows of equal keys as a Markdown table."""
+  header = list(rows[0])
+  lines = [header, ["---"] * len(header), *([str(row[key]) for key in header] for row in rows)]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write_table(directory: pathlib.Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], data: Any) -> str:
+  """Writes `<name>.md` for people and `<name>.json` with every number; returns the Markdown."""
+  table = markdown_table(rows)
+  write_atomically(directory / f"{name}.md", f"# {title}\n\n{table}")
+  write_atomically(directory / f"{name}.json", json.dumps(data, indent=1) + "\n")
+  return table
+
+
+def save_figure(figure: Any, path: pathlib.Path) -> None:
+  """Writes a matplotlib figure as PNG, whole or not at all."""
+  import io
+
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+  write_atomically(path, buffer.getvalue())

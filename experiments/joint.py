@@ -1,0 +1,467 @@
+"""Learns several tasks together on real data, and asks what sharing and balancing them is worth.
+
+Two problems: two overlaid digits, to be read left and right; and 442 diabetes patients, of whom the progression of the
+disease and the blood sugar (regressions) and the sex (classes) are predicted. On each, independent networks are
+compared with hard sharing (one encoder), soft sharing (own networks coupled by L2 or by the trace norm of their
+differences) and feature sharing (one layer, own deeper ones), all with the same layers from input to prediction, and
+then every balancer on the hard-sharing network.
+
+Every seed has a split of the data, initial weights and an order of batches of its own, the same for all methods, so
+that differences are paired. Strengths of the couplings are chosen by the validation split (mean over tasks of accuracy
+or R^2, mean over seeds); learning rates, steps and widths were chosen there too, for the independent networks, and are
+the same for all methods. The test split is looked at once, at the end.
+
+    python -m experiments.joint                       a table of two problems; results in runs/joint
+    python -m experiments.joint --smoke               a look, in seconds
+    python -m experiments.joint --balancers UPGrad    other balancers
+
+Killed at any moment, the same command continues it and ends with the same bits.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import common, joint_report
+from experiments.balancers import BALANCERS, NEED_THREE_TASKS, one_of
+from kdflax import balancing, coupling, data, models, training
+from kdflax.objectives import Term, evaluate
+
+STEPS_PER_CALL = 10
+
+
+class Problem(NamedTuple):
+  """Where the inputs of a problem are, and its tasks."""
+
+  input: str
+  tasks: Mapping[str, int | None]  # number of classes, or None for a regression
+
+
+PROBLEMS = {
+  "overlaid_digits": Problem("image", {"left": 10, "right": 10}),
+  "diabetes": Problem("inputs", {"progression": None, "glucose": None, "sex": 2}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How the networks of a problem are made and trained."""
+
+  hidden: tuple[int, ...] = (64, 32)
+  """Widths of the layers before a task's last one; feature sharing shares the first."""
+  steps: int = 1000
+  """Updates; a multiple of 10."""
+  learning_rate: float = 3e-3
+  """Peak of the cosine schedule of Adam."""
+  batch_size: int = 64
+  """Examples in a batch."""
+  l2: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+  """Strengths of the L2 coupling to choose from."""
+  trace_norm: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+  """Strengths of the trace-norm coupling to choose from."""
+  weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  """Weights of the losses by task; 1 if not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of the experiment; they are bound to the run directory."""
+
+  run: str = "runs/joint"
+  """Run directory: made, or continued if it holds a run with the same settings."""
+  problems: tuple[str, ...] = tuple(PROBLEMS)
+  """Problems to solve."""
+  overlaid_digits: Settings = Settings()
+  """Settings for the overlaid digits."""
+  diabetes: Settings = Settings(hidden=(32, 16), steps=300)
+  """Settings for the diabetes patients."""
+  balancers: tuple[str, ...] = tuple(BALANCERS)
+  """Balancers to try on the hard-sharing network; without one, its losses are added."""
+  seeds: int = 5
+  """Paired repetitions, trained together by vmap."""
+  save_every: int = 500
+  """Updates between checkpoints; a multiple of 10."""
+  accept_changes: bool = False
+  """Continue a run although its settings differ."""
+  smoke: bool = False
+  """A run of seconds: two seeds, few steps and balancers, the smaller problem."""
+
+  def checked(self) -> "Config":
+    """Returns the settings that will be used.
+
+    Raises:
+      ValueError: if one makes no sense.
+    """
+    config = self
+    if self.smoke:
+      few = dataclasses.replace(self.diabetes, hidden=(8, 4), steps=20, l2=(1e-3,), trace_norm=(1e-3,))
+      run = "runs/joint-smoke" if self.run == Config.run else self.run
+      small: Any = {"problems": ("diabetes",), "diabetes": few, "seeds": 2, "save_every": 10}
+      config = dataclasses.replace(self, run=run, balancers=("UPGrad", "uncertainty"), **small)
+    unknown = [name for name in config.balancers if name not in BALANCERS]
+    if unknown:
+      raise ValueError(f"unknown balancers {unknown}; there are {', '.join(BALANCERS)}")
+    if unknown := [name for name in config.problems if name not in PROBLEMS]:
+      raise ValueError(f"unknown problems {unknown}; there are {', '.join(PROBLEMS)}")
+    if config.seeds < 1 or config.save_every < 1 or config.save_every % STEPS_PER_CALL:
+      raise ValueError(
+        f"seeds must be at least 1 and save_every a positive multiple of {STEPS_PER_CALL}; got {config.seeds} and"
+        f" {config.save_every}"
+      )
+    for name in config.problems:
+      _check_settings(name, getattr(config, name))
+    return config
+
+
+def _check_settings(problem: str, settings: Settings) -> None:
+  if settings.steps < 1 or settings.steps % STEPS_PER_CALL:
+    raise ValueError(f"{problem}: steps must be a positive multiple of {STEPS_PER_CALL}; got {settings.steps}")
+  if settings.batch_size < 1 or not settings.learning_rate > 0 or len(settings.hidden) < 2:
+    raise ValueError(
+      f"{problem}: batch_size and learning_rate must be positive and hidden name two layers or more; got {settings}"
+    )
+  if not settings.l2 or not settings.trace_norm or not min(*settings.l2, *settings.trace_norm) > 0:
+    raise ValueError(f"{problem}: strengths of couplings must be positive; got {settings.l2}, {settings.trace_norm}")
+  weights = dict.fromkeys(PROBLEMS[problem].tasks, 1.0) | dict(settings.weights)
+  check_tasks(losses=PROBLEMS[problem].tasks, weights=weights)
+
+
+def check_tasks(**names: Mapping[str, Any]) -> None:
+  """Raises a ValueError unless all arguments name the same tasks."""
+  first, *others = names
+  for other in others:
+    if set(names[other]) != set(names[first]):
+      raise ValueError(
+        f"tasks do not match: {first} are for {sorted(names[first])}, {other} for {sorted(names[other])}"
+      )
+
+
+def main(config: Config) -> None:
+  """Runs the experiment, or what is left of it."""
+  config = config.checked()
+  common.check_room(config.run)
+  settings = dataclasses.asdict(config)
+  settings.pop("accept_changes")
+  with (
+    training.RunDirectory(config.run, settings, accept_changes=config.accept_changes) as directory,
+    training.stop_on_sigterm() as stop,
+  ):
+    session = Session(config, directory.path, training.MetricsLog(directory.path / "metrics.jsonl"), stop)
+    results = [result for name in config.problems for result in solve(session, name)]
+    print(joint_report.write(session.directory, results, config.seeds))
+
+
+class Session(NamedTuple):
+  """What the phases of a run share."""
+
+  config: Config
+  directory: pathlib.Path
+  log: training.MetricsLog
+  stop: threading.Event
+
+
+class Work(NamedTuple):
+  """One problem of a run."""
+
+  name: str
+  problem: Problem
+  settings: Settings
+  splits: Any  # by name; arrays [seeds, examples, ...] on the device
+
+
+class Program(NamedTuple):
+  """Everything compiled for one kind of network: an integer chooses the coupling, or the balancer, of a phase."""
+
+  init: Callable  # (keys, arrays) -> state
+  step: Callable  # (state, arrays) -> (state, metrics)
+  predict: Callable  # (params, split) -> predictions by task
+
+
+class Trained(NamedTuple):
+  """The end of a phase: networks for each strength of the coupling and each seed."""
+
+  params: Any  # leaves [strengths, seeds, ...]
+  validation: np.ndarray  # [strengths, seeds], mean of the tasks' scores
+  test: dict[str, dict[str, np.ndarray]]  # by task and metric, [strengths, seeds]
+  seconds: float | None  # None if the phase was resumed
+
+
+def solve(session: Session, name: str) -> Iterator[dict[str, Any]]:
+  """Trains every method on a problem; one result for each, with a number for each seed."""
+  work = Work(name, PROBLEMS[name], getattr(session.config, name), load(name, session.config.seeds))
+  soft = program(work, network(work, "soft"), penalties=(coupling.l2_coupling, trace_norm))
+  trained = train(session, work, "L2 soft", soft, 0, (0.0, *work.settings.l2))
+  baseline = networks_at(trained)  # without coupling the networks are independent
+  yield result(work, "independent", baseline, baseline)
+  yield result(work, "L2 soft", best(trained, (0.0, *work.settings.l2)), baseline)
+  trained = train(session, work, "trace-norm soft", soft, 1, (0.0, *work.settings.trace_norm))
+  yield result(work, "trace-norm soft", best(trained, (0.0, *work.settings.trace_norm)), baseline)
+  trained = train(session, work, "feature", program(work, network(work, "feature")))
+  yield result(work, "feature", networks_at(trained), baseline)
+  hard = network(work, "hard")
+  cosines = cosine_diagnostic(work, hard)
+  for made in balancers_of(session.config, work):
+    shared = program(work, hard, balancers=tuple(made.values()))
+    for choice, method in enumerate(made):
+      trained = train(session, work, method, shared, choice, diagnose=cosines)
+      yield result(work, method, networks_at(trained), baseline)
+
+
+def balancers_of(config: Config, work: Work) -> list[dict[str, Any]]:
+  """The balancers by name, and those that combine whole gradients; hard sharing alone is the sum of the losses."""
+  tasks, steps = len(work.problem.tasks), work.settings.steps
+  names = [name for name in config.balancers if tasks > 2 or name not in NEED_THREE_TASKS]
+  made = {"hard": balancing.fixed(1.0)} | {name: BALANCERS[name](tasks, steps) for name in names}
+  combines = {name: isinstance(balancer, balancing.Combiner) for name, balancer in made.items()}
+  groups = [{name: made[name] for name in made if combines[name] is kind} for kind in (False, True)]
+  return [group for group in groups if group]
+
+
+def trace_norm(task_params: Sequence[Any]) -> jax.Array:
+  """The trace-norm coupling, smoothed so that training is smooth where differences vanish, by matrix products."""
+  return coupling.trace_norm_coupling(task_params, smoothing=1e-2, method="newton_schulz")
+
+
+def load(name: str, seeds: int) -> Any:
+  """The splits of a problem, a different split for each seed, stacked and put on the device."""
+  each = [data.load(name, seed=seed) for seed in range(seeds)]
+  check_tasks(losses=PROBLEMS[name].tasks, labels=each[0]["train"]["label"])
+  kept = (PROBLEMS[name].input, "label")
+  select = lambda arrays: {key: arrays[key] for key in kept}
+  return {
+    split: jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *(select(splits[split]) for splits in each))
+    for split in each[0]
+  }
+
+
+def network(work: Work, sharing: str) -> models.Model:
+  """A multi-task network: `soft`, `feature` or `hard`."""
+  hidden, heads = work.settings.hidden, task_heads(work.problem)
+  encoder = models.mlp(hidden, None, input=work.problem.input)
+  if sharing == "soft":
+    return models.soft_sharing(encoder, heads)
+  if sharing == "hard":
+    return models.hard_sharing(encoder, heads)
+  extractor = models.mlp(hidden[:1], None, input=work.problem.input)
+  return models.feature_sharing(extractor, models.mlp(hidden[1:], None, input="embedding"), heads)
+
+
+def task_heads(problem: Problem) -> dict[str, models.Model]:
+  """A linear head for each task."""
+  return {task: models.task_head(classes) for task, classes in problem.tasks.items()}
+
+
+def task_terms(problem: Problem, weights: Mapping[str, float] | None = None) -> dict[str, Term]:
+  """A loss for each task: cross-entropy in nats, or the squared error of the standardised target.
+
+  Raises:
+    ValueError: if the weights name other tasks than the problem has.
+  """
+  weights = dict.fromkeys(problem.tasks, 1.0) | dict(weights or {})
+  check_tasks(losses=problem.tasks, weights=weights)
+  cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+  terms = {}
+  for task, classes in problem.tasks.items():
+    output, label = f"student.logits.{task}", f"batch.label.{task}"
+    if classes is None:
+      terms[task] = Term(optax.squared_error, {"predictions": output, "targets": label}, weights[task])
+    else:
+      terms[task] = Term(cross_entropy, {"logits": output, "labels": label}, weights[task])
+  return terms
+
+
+def program(work: Work, model: models.Model, *, penalties: Sequence = (), balancers: Sequence = ()) -> Program:
+  """Builds what trains one network for each strength and seed at once, whichever penalty or balancer is chosen."""
+  settings = work.settings
+  examples = work.splits["train"]["label"][next(iter(work.problem.tasks))].shape[1]
+  terms = task_terms(work.problem, settings.weights)
+  kernels = coupling.select("kernel")
+
+  def learner(arrays, strength):
+    def couple(params):
+      tasks = [kernels(task) for task in models.unstack(params["student"]["stacked"])]
+      return jax.lax.switch(arrays["choice"], penalties, tasks)
+
+    return training.learner(
+      {"student": model},
+      terms,
+      optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps)),
+      penalties={"coupling": training.Penalty(couple, strength)} if penalties else None,
+      balancer=one_of(balancers, arrays["choice"]) if balancers else None,
+      shared="^student/shared/" if balancers else None,
+      sample=functools.partial(draw, size=min(settings.batch_size, examples)),
+    )
+
+  def init(keys, arrays):
+    one = lambda strength: jax.vmap(learner(arrays, strength).init)(keys, arrays["train"])
+    return jax.vmap(one)(arrays["strength"])
+
+  def step(state, arrays):
+    one = lambda state, strength: jax.vmap(learner(arrays, strength).step)(state, arrays["train"])
+    return jax.vmap(one)(state, arrays["strength"])
+
+  compiled = training.make_train_step(training.Learner(init, step), steps_per_call=STEPS_PER_CALL)
+  return Program(jax.jit(init), compiled, predictor(work, model))
+
+
+def train(
+  session: Session,
+  work: Work,
+  method: str,
+  program: Program,
+  choice: int = 0,
+  strengths: Sequence[float] = (0.0,),
+  *,
+  diagnose: Callable[[Any], dict[str, Any]] | None = None,
+) -> Trained:
+  """Runs a phase of a program, saved and resumed under its name."""
+  config, steps, phase = session.config, work.settings.steps, f"{work.name}, {method}"
+
+  def check(state):
+    validation = scores(work, program.predict(state.params["student"], "validation"), "validation")
+    rows = {f"validation/{task}": score[metric_of(work, task)] for task, score in validation.items()}
+    rows |= diagnose(state.params["student"]) if diagnose else {}
+    return {name: row.tolist() for name, row in rows.items()}
+
+  arrays = {"train": work.splits["train"], "strength": jnp.asarray(strengths), "choice": jnp.int32(choice)}
+  state = program.init(jax.random.split(jax.random.key(0), config.seeds), arrays)
+  interval = max(steps // 10 // STEPS_PER_CALL, 1) * STEPS_PER_CALL
+  start = time.perf_counter()
+  with training.Checkpoints(session.directory / "checkpoints" / phase.replace(", ", "-").replace(" ", "-")) as saved:
+    resumed = bool(saved.steps())
+    state = training.fit(
+      program.step,
+      state,
+      itertools.repeat(arrays),
+      num_steps=steps,
+      steps_per_call=STEPS_PER_CALL,
+      phase=phase,
+      checkpoints=saved,
+      save_every=config.save_every,
+      log=session.log,
+      log_every=interval,
+      evaluate=check,
+      evaluate_every=interval,
+      stop=session.stop,
+      progress=common.Progress(phase, steps),
+    )
+  seconds = None if resumed else time.perf_counter() - start
+  params = state.params["student"]
+  validation = scores(work, program.predict(params, "validation"), "validation")
+  score = np.mean([validation[task][metric_of(work, task)] for task in work.problem.tasks], axis=0)
+  return Trained(params, score, scores(work, program.predict(params, "test"), "test"), seconds)
+
+
+def draw(arrays: Any, key: jax.Array, step: jax.Array, size: int) -> Any:
+  """A batch of arrays that stay on the device."""
+  return data.gather(arrays, data.batch_indices(key, step, num_examples=data.num_examples(arrays), batch_size=size))
+
+
+def predictor(work: Work, model: models.Model) -> Callable[[Any, str], dict[str, jax.Array]]:
+  """The function from params [strengths, seeds, ...] and a split to predictions by task, compiled once for a shape."""
+
+  def one(params, arrays):
+    return model.apply(params, {}, arrays, train=False, key=None)[0]["logits"]
+
+  run = jax.jit(jax.vmap(jax.vmap(one), (0, None)))
+  return lambda params, split: run(params, work.splits[split])
+
+
+def cosine_diagnostic(work: Work, model: models.Model) -> Callable[[Any], dict[str, Any]]:
+  """The function from params to the cosines of the tasks' gradients over all training examples, for every pair."""
+  terms = task_terms(work.problem)
+
+  def one(params, arrays):
+    def losses(shared):
+      outputs, _ = model.apply(params | {"shared": shared}, {}, arrays, train=False, key=None)
+      values, _ = evaluate(terms, {"student": outputs, "batch": arrays})
+      return jnp.stack(list(values.values()))
+
+    _, gradients = balancing.task_gradients(losses, params["shared"])
+    return balancing.gradient_cosines(balancing.gramian(gradients))
+
+  run = jax.jit(jax.vmap(jax.vmap(one), (0, None)))
+
+  def diagnose(params):
+    cosines = np.asarray(run(params, work.splits["train"]))
+    pairs = itertools.combinations(enumerate(work.problem.tasks), 2)
+    return {f"cosine/{first} and {second}": cosines[..., i, j] for (i, first), (j, second) in pairs}
+
+  return diagnose
+
+
+def metric_of(work: Work, task: str) -> str:
+  """The metric of a task in which higher is better."""
+  return "r_squared" if work.problem.tasks[task] is None else "accuracy"
+
+
+def scores(work: Work, predictions: Mapping[str, jax.Array], split: str) -> dict[str, dict[str, np.ndarray]]:
+  """Metrics `[strengths, seeds]` by task and name, over a whole split."""
+  labels = work.splits[split]["label"]
+  check_tasks(heads=predictions, labels=labels)
+  results = {}
+  for task, classes in work.problem.tasks.items():
+    found, wanted = np.asarray(predictions[task]), np.asarray(labels[task])
+    if classes is None:
+      error = np.abs(found.astype(np.float64) - wanted).mean(-1)
+      results[task] = {"absolute_error": error, "r_squared": training.metrics.r_squared(found, wanted)}
+    else:
+      results[task] = {"accuracy": (found.argmax(-1) == wanted).mean(-1)}
+  return results
+
+
+def best(trained: Trained, strengths: Sequence[float]) -> dict[str, Any]:
+  """The networks of the positive strength that validates best."""
+  index = max(range(1, len(strengths)), key=lambda index: trained.validation[index].mean())
+  return networks_at(trained, index, strengths[index])
+
+
+def networks_at(trained: Trained, index: int = 0, strength: float = 0.0) -> dict[str, Any]:
+  """The networks of one strength, for all seeds."""
+  return {
+    "strength": strength,
+    "tasks": {task: {name: v[index].tolist() for name, v in found.items()} for task, found in trained.test.items()},
+    "validation": trained.validation[index].tolist(),
+    "seconds": trained.seconds,
+    "params": jax.tree.map(lambda leaf: np.asarray(leaf[index]), trained.params),
+  }
+
+
+def result(work: Work, method: str, found: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
+  """One line of the results, JSON-able, with a number for each seed."""
+  higher = {"accuracy": True, "absolute_error": False}
+  relative = lambda tasks: {t: {n: v for n, v in metrics.items() if n in higher} for t, metrics in tasks.items()}
+  new, old = relative(found["tasks"]), relative(baseline["tasks"])
+  compare = functools.partial(training.metrics.multitask_improvement, higher_is_better=higher)
+  params, seeds = found["params"], len(found["validation"])
+  line = {
+    "problem": work.name,
+    "method": method,
+    **{name: found[name] for name in ("strength", "tasks", "validation", "seconds")},
+    "improvement": compare(new, old).tolist(),
+    "improvement_by_task": {task: compare({task: new[task]}, {task: old[task]}).tolist() for task in new},
+    "delta_m": training.metrics.delta_m(new, old, higher_is_better=higher).tolist(),
+    "parameters": models.count_parameters(params) // seeds,
+  }
+  return line | ({"spectrum": spectrum(params["stacked"])} if "stacked" in params else {})
+
+
+def spectrum(stacked: Any) -> list[float]:
+  """Singular values of the differences between the tasks' first kernels, mean over pairs and seeds."""
+  kernels = np.asarray(stacked["hidden"]["0"]["kernel"])  # [seeds, tasks, in, out]
+  pairs = [kernels[:, i] - kernels[:, j] for i, j in itertools.combinations(range(kernels.shape[1]), 2)]
+  return np.linalg.svd(np.stack(pairs), compute_uv=False).mean((0, 1)).tolist()
+
+
+if __name__ == "__main__":
+  common.run_command_line(main, Config)

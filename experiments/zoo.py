@@ -1,0 +1,375 @@
+"""Every distillation method on one teacher-student pair, all with the same budget, ranked.
+
+A teacher is trained for each seed and frozen; then the same student learns once without it (baseline) and once with
+each method, from the same batches, for the same number of steps, with the same optimizer. The table ranks methods by
+test accuracy, says which differences to the baseline are beyond the noise of the seeds, and what a step costs.
+
+Weights: where docs/methods.md has a published one, that one, although it was chosen for CIFAR-100 and other steps;
+otherwise the best of a small grid on the validation split, which `--tune` finds and keeps in experiments/zoo.json; 1 if
+neither exists. The table names the source of each.
+
+    python -m experiments.zoo                                  all methods on digits; results in runs/zoo
+    python -m experiments.zoo --smoke                          half a minute, for a look
+    python -m experiments.zoo --methods kl_soft_targets crd    some methods
+    python -m experiments.zoo --tune --run runs/zoo-tune       finds the weights that were never published
+    python -m experiments.zoo --cifar DIR --pair resnet56 resnet20
+
+Killed at any moment, the same command continues it and ends with the same bits.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import common, phases, pictures
+from experiments.zoo_methods import METHODS, Method, Network, Pair, Terms
+from experiments.zoo_pairs import (
+  PUBLISHED,
+  RECIPES,
+  Recipe,
+  classifier,
+  draw_augmented,
+  load,
+  margins,
+  network,
+  pair_of,
+  published,
+)
+from kdflax import models, training
+from kdflax.objectives import Term
+
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+BASELINE = "baseline"
+WEIGHTS = pathlib.Path(__file__).with_suffix(".json")  # what --tune found, by data set and method
+GRID = (0.1, 1.0, 10.0, 100.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  __doc__ = f"""Settings of the experiment; they are bound to the run directory.
+
+  Three pairs on CIFAR-100 come with published numbers, which the table repeats beside its own:
+
+      python -m experiments.zoo --cifar DIR --pair resnet56 resnet20
+      python -m experiments.zoo --cifar DIR --pair resnet32x4 resnet8x4
+      python -m experiments.zoo --cifar DIR --pair resnet110 resnet32
+
+  top-1 accuracy in percent, the mean of five runs for most methods:
+{PUBLISHED}
+  They are of the last or the best epoch, depending on the source. RKD (69.61, 71.90, 71.82) has distances and angles
+  together there, which are two rows here.
+  """
+
+  run: str = "runs/zoo"
+  """Run directory: made, or continued if it holds a run with the same settings."""
+  cifar: str = ""
+  """Folder with train.bin and test.bin of CIFAR-100; scikit-learn's digits without it."""
+  pair: tuple[str, str] | None = None
+  """Teacher and student: names such as resnet56 or convnet-16-32; by default that of the data set."""
+  methods: tuple[str, ...] = ()
+  """Losses by name, to try only some; all by default."""
+  seeds: int = 5
+  """Paired repetitions, trained together by vmap."""
+  teacher_steps: int | None = None
+  """Updates of a teacher; by default those of the data set, as for the next three."""
+  student_steps: int | None = None
+  """Updates of a student."""
+  batch_size: int | None = None
+  """Images in a batch."""
+  learning_rate: float | None = None
+  """First learning rate."""
+  held_out: int = 0
+  """Training images of CIFAR-100 to keep for validation, which --tune needs; published runs train on all."""
+  save_every: int = 500
+  """Updates between checkpoints."""
+  tune: bool = False
+  """Find the weights that were never published, on the validation split, and stop."""
+  tune_seeds: int = 2
+  """Seeds for each weight that --tune tries."""
+  weights: str = str(WEIGHTS)
+  """File of tuned weights."""
+  accept_changes: bool = False
+  """Continue a run although its settings differ."""
+  smoke: bool = False
+  """A short run: two seeds, a few steps, the baseline and two methods."""
+
+  @property
+  def dataset(self) -> str:
+    """The data set that the settings ask for."""
+    return "cifar100" if self.cifar else "digits"
+
+  def checked(self) -> "Config":
+    """Returns the settings that will be used.
+
+    Raises:
+      ValueError: if one makes no sense.
+    """
+    config = self
+    if self.smoke:
+      run = "runs/zoo-smoke" if self.run == Config.run else self.run
+      small = {"methods": ("kl_soft_targets", "hint"), "seeds": 2, "teacher_steps": 60, "student_steps": 30}
+      config = dataclasses.replace(self, run=run, **small)
+    recipe = RECIPES[config.dataset]
+    unset = [name for name in Recipe._fields if getattr(config, name, 0) is None]
+    config = dataclasses.replace(config, **{name: getattr(recipe, name) for name in unset})
+    unknown = set(config.methods) - set(METHODS)
+    if unknown:
+      raise ValueError(f"methods has no {sorted(unknown)}; there are {', '.join(METHODS)}")
+    config = dataclasses.replace(config, methods=tuple(name for name in METHODS if name in (config.methods or METHODS)))
+    for name in ("seeds", "tune_seeds", "teacher_steps", "student_steps", "batch_size", "save_every"):
+      if getattr(config, name) < 1:
+        raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}")
+    if not config.learning_rate > 0:  # pyright: ignore[reportOptionalOperand] (set above)
+      raise ValueError(f"learning_rate must be positive; got {config.learning_rate}")
+    if config.tune and config.cifar and not config.held_out:
+      raise ValueError("tune needs a validation split: set held_out, for instance to 5000")
+    if config.held_out and not config.cifar:
+      raise ValueError(f"held_out={config.held_out} is for cifar; digits have a validation split of their own")
+    for name in config.pair or ():
+      network(name, 10)
+    return config
+
+
+def main(config: Config) -> None:
+  """Runs the experiment, or what is left of it."""
+  config = config.checked()
+  splits = load(config.cifar, config.held_out)
+  weights = {name: weight_of(config, name) for name in config.methods}
+  with phases.session(config, method_weights={name: weight for name, (weight, _) in weights.items()}) as session:
+    bench = make_bench(session, splits)
+    if config.tune:
+      tune(bench)
+      return
+    students = {name: train_student(bench, name, weight) for name, (weight, _) in weights.items()}
+    report(bench, students | {BASELINE: train_student(bench, BASELINE, 1.0)}, weights)
+
+
+class Bench(NamedTuple):
+  """What all methods share."""
+
+  session: phases.Session
+  feed: phases.Feed
+  student: models.Model
+  teacher: models.Model
+  frozen_teacher: Any  # (params, state), each leaf with an axis for the seeds
+  teacher_accuracy: list[float]
+  pair: Pair
+  validate: Any  # a tester of the student, or None
+  test: Any
+
+
+class Student(NamedTuple):
+  """A student of one method."""
+
+  accuracy: list[float]  # on the test split, one for each seed
+  cost: phases.Cost
+  extra: int  # parameters of connectors, which are thrown away after training
+
+
+def make_bench(session: phases.Session, splits: Any) -> Bench:
+  """Trains the teachers and gathers what all methods share."""
+  config, arrays = session.config, splits["train"]
+  recipe = RECIPES[config.dataset]
+  num_classes = 100 if config.cifar else 10
+  teacher, student = (classifier(name, num_classes) for name in config.pair)
+  if config.batch_size > len(arrays["label"]):
+    raise ValueError(f"batch_size={config.batch_size} is larger than the training data: {len(arrays['label'])} images")
+  sample = functools.partial(draw_augmented, size=config.batch_size, shift=recipe.shift, flip=recipe.flip)
+  feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
+  terms = {"hard": Term(cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"}, stop_gradient=())}
+  learner = training.learner({"teacher": teacher}, terms, optimizer(config, config.teacher_steps), sample=sample)
+  phase = phases.train(session, "teacher", learner, feed, config.teacher_steps)
+  frozen = phases.variables_of(phase.state, "teacher")
+  return Bench(
+    session,
+    feed,
+    student,
+    teacher,
+    frozen,
+    phases.tester(teacher, splits["test"])(frozen)["accuracy"],
+    pair_of(student, teacher, arrays),
+    phases.tester(student, splits["validation"]) if "validation" in splits else None,
+    phases.tester(student, splits["test"]),
+  )
+
+
+def optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
+  """SGD as the CIFAR-100 tables are made with, its three drops at 150, 180 and 210 of 240 epochs."""
+  drops = {int(num_steps * epoch / 240): 0.1 for epoch in (150, 180, 210)}
+  rate = optax.piecewise_constant_schedule(config.learning_rate or 0.0, drops)
+  return optax.chain(
+    optax.clip_by_global_norm(RECIPES[config.dataset].clip),
+    optax.add_decayed_weights(5e-4),
+    optax.sgd(rate, momentum=0.9),
+  )
+
+
+def program(bench: Bench, method: Method | None, weight: Any) -> tuple[training.Learner, Network]:
+  """The learner of a method with a weight, which may be traced, and its connectors; None is the baseline."""
+  config = bench.session.config
+  networks: Network = {"student": bench.student, "teacher": bench.teacher}
+  labels = {"logits": "student.logits", "labels": "batch.label"}
+  terms: Terms = {"hard": Term(cross_entropy, labels, method.hard if method else 1.0)}
+  connectors: Network = {}
+  if method is not None:
+    grown = config.student_steps / 12
+    growing = lambda step: weight * jnp.minimum((step + 1) / grown, 1.0)
+    connectors, more = method.build(bench.pair, growing if method.warm_up else weight)
+    terms |= more
+  learner = training.learner(
+    networks | connectors, terms, optimizer(config, config.student_steps), sample=bench.feed.sample
+  )
+  return learner, connectors
+
+
+def frozen_models(bench: Bench, connectors: Network) -> dict[str, Any]:
+  """(params, state) of what does not learn: the teacher, and the margins of OFD."""
+  frozen = {"teacher": bench.frozen_teacher}
+  if "margins" in connectors:
+    frozen["margins"] = (margins(bench.frozen_teacher[0], bench.pair.stages), {})
+  return frozen
+
+
+def train_student(bench: Bench, name: str, weight: float) -> Student:
+  """Trains the students of a method, one for each seed, tests them and measures a step."""
+  config = bench.session.config
+  learner, connectors = program(bench, METHODS.get(name), weight)
+  phase = phases.train(
+    bench.session,
+    f"students, {name}",
+    learner,
+    bench.feed,
+    config.student_steps,
+    frozen=frozen_models(bench, connectors),
+    evaluate=validation(bench),
+  )
+  extra = {key: params for key, params in phase.state.params.items() if key != "student"}
+  cost = phases.cost(bench.session, phase, f"students, {name}", seeds=config.seeds)
+  accuracy = bench.test(phases.variables_of(phase.state, "student"))["accuracy"]
+  return Student(accuracy, cost, models.count_parameters(extra) // config.seeds)
+
+
+def validation(bench: Bench) -> Any:
+  """What a phase evaluates on the way: nothing without a validation split."""
+  if bench.validate is None:
+    return None
+  return lambda state: {"validation/accuracy": bench.validate(phases.variables_of(state, "student"))["accuracy"]}
+
+
+def weight_of(config: Config, name: str) -> tuple[float, str]:
+  """Returns the weight of a method and where it comes from."""
+  if METHODS[name].weight is not None:
+    return METHODS[name].weight, "published"
+  file = pathlib.Path(config.weights)
+  tuned = json.loads(file.read_text()) if file.is_file() else {}
+  found = tuned.get(config.dataset, {}).get(name)
+  return (float(found["weight"]), "tuned") if found else (1.0, "untuned")
+
+
+def tune(bench: Bench) -> None:
+  """Tries each weight of the grid for every method without a published one, all of them in one vmapped program."""
+  config = bench.session.config
+  seeds = min(config.tune_seeds, config.seeds)
+  lanes = [(weight, seed) for weight in GRID for seed in range(seeds)]
+  keys = jax.random.split(jax.random.key(0), config.seeds)[np.asarray([seed for _, seed in lanes])]
+  found = {}
+  for name in [name for name in config.methods if METHODS[name].weight is None]:
+    build = lambda weight, name=name: program(bench, METHODS[name], weight)[0]
+    learner = training.Learner(
+      lambda key, arrays, frozen, build=build: build(frozen["weight"]).init(key, arrays, frozen["models"]),
+      lambda state, arrays, frozen, build=build: build(frozen["weight"]).step(state, arrays, frozen["models"]),
+    )
+    of_lanes = jax.tree.map(lambda leaf: leaf[np.asarray([seed for _, seed in lanes])], bench.frozen_teacher)
+    frozen = {"weight": jnp.asarray([weight for weight, _ in lanes]), "models": {"teacher": of_lanes}}
+    phase = phases.train(
+      bench.session,
+      f"tuning, {name}",
+      learner,
+      bench.feed,
+      config.student_steps,
+      keys=jnp.copy(keys),
+      frozen=frozen,
+    )
+    scores = bench.validate(phases.variables_of(phase.state, "student"))["accuracy"]
+    means = np.asarray(scores).reshape(len(GRID), seeds).mean(axis=1)
+    found[name] = {
+      "weight": GRID[int(means.argmax())],
+      "validation accuracy": {f"{weight:g}": round(float(mean), 4) for weight, mean in zip(GRID, means, strict=True)},
+    }
+    print(f"{name}: {found[name]}")
+  write_weights(config, found)
+
+
+def write_weights(config: Config, found: dict[str, Any]) -> None:
+  """Adds tuned weights to the file, with what they were tuned on."""
+  file = pathlib.Path(config.weights)
+  tuned = json.loads(file.read_text()) if file.is_file() else {}
+  note = {"pair": config.pair, "steps": config.student_steps, "seeds": min(config.tune_seeds, config.seeds)}
+  found = {name: entry | note for name, entry in found.items()}
+  tuned[config.dataset] = tuned.get(config.dataset, {}) | found
+  training.write_atomically(file, json.dumps(tuned, indent=1) + "\n")
+
+
+def report(bench: Bench, students: dict[str, Student], weights: dict[str, tuple[float, str]]) -> None:
+  """Writes the ranked table and the pictures."""
+  config = bench.session.config
+  baseline = students[BASELINE].accuracy
+  ranked = sorted(students.items(), key=lambda item: -np.mean(item[1].accuracy))
+  results = [
+    {
+      "method": name,
+      "title": METHODS[name].title if name in METHODS else BASELINE,
+      "weight": weights.get(name, (None, ""))[0],
+      "source": weights.get(name, (None, ""))[1],
+      "accuracy": student.accuracy,
+      "difference": None if name == BASELINE else np.subtract(student.accuracy, baseline).tolist(),
+      "extra parameters": student.extra,
+      **student.cost._asdict(),
+    }
+    for name, student in ranked
+  ]
+  known = published(config.pair) if config.cifar else {}
+  rows = [row(rank, result, known) for rank, result in enumerate(results, start=1)]
+  teacher = common.plus_minus(bench.teacher_accuracy)
+  title = (
+    f"Distillation methods, {' to '.join(config.pair)} on {config.dataset}: mean and 95% interval over {config.seeds}"
+    f" paired seeds of {config.student_steps} steps; the teacher has {teacher} %"
+  )
+  document = {"teacher": bench.teacher_accuracy, "students": results}
+  print(common.write_table(bench.session.directory, "results", title, rows, document))
+  pictures.ranking(bench.session.directory, results, bench.teacher_accuracy)
+  if bench.validate is not None:
+    pictures.learning_curves(bench.session.directory, "validation/accuracy")
+
+
+def row(rank: int, result: dict[str, Any], known: dict[str, float]) -> dict[str, Any]:
+  """One line of the table for people."""
+  difference = result["difference"]
+  beyond = "" if difference is None else common.beyond_noise(difference)
+  shown = {
+    "rank": rank,
+    "method": result["title"],
+    "loss": result["method"],
+    "weight": "" if result["weight"] is None else f"{result['weight']:g} ({result['source']})",
+    "test accuracy (%)": common.plus_minus(result["accuracy"]),
+    "difference to baseline": "" if difference is None else common.plus_minus(difference, sign="+"),
+    "beyond noise": beyond,
+    "ms a step": f"{result['milliseconds']:.2f}",
+    "MFLOP a step": f"{result['megaflops']:.1f}",
+    "MB a step": f"{result['megabytes']:.1f}",
+    "extra parameters": result["extra parameters"],
+  }
+  return shown | ({"published (%)": known.get(result["method"], "")} if known else {})
+
+
+if __name__ == "__main__":
+  common.run_command_line(main, Config)

@@ -1,0 +1,150 @@
+"""The joint-learning experiment: a tiny run end to end, stopped and resumed, and its mistakes."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import common, joint, joint_report
+from experiments.balancers import BALANCERS, one_of
+from experiments.pictures import pareto_front
+from kdflax import balancing, training
+from kdflax.training import Preempted
+
+SMALL = joint.Settings(hidden=(3, 2), steps=20, batch_size=8, l2=(0.1,), trace_norm=(0.1,))
+TINY = joint.Config(problems=("diabetes",), diabetes=SMALL, balancers=("UPGrad", "DB-MTL"), seeds=2, save_every=10)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("joint")
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch):
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  programs = {}
+  build = joint.program
+
+  def once(work, model, *, penalties=(), balancers=()):  # compile each program once for both runs
+    key = (len(penalties), len(balancers), isinstance((*balancers, None)[0], balancing.Combiner))
+    if key not in programs:
+      programs[key] = build(work, model, penalties=penalties, balancers=balancers)
+    return programs[key]
+
+  monkeypatch.setattr(joint, "program", once)
+  joint.main(dataclasses.replace(TINY, run=str(whole)))
+
+  stop_after(monkeypatch, calls=3)  # in the middle of the second phase
+  with pytest.raises(Preempted, match="trace-norm soft stopped at step 10 of 20"):
+    joint.main(dataclasses.replace(TINY, run=str(parts)))
+  monkeypatch.setattr(common, "Progress", lambda *_: lambda *_: None)
+  joint.main(dataclasses.replace(TINY, run=str(parts)))
+
+  first, second = (json.loads((path / "results.json").read_text()) for path in (whole, parts))
+  for result in (*first, *second):
+    del result["seconds"]
+  assert first == second
+  assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
+  assert [r["method"] for r in first] == [
+    "independent",
+    "L2 soft",
+    "trace-norm soft",
+    "feature",
+    "hard",
+    *TINY.balancers,
+  ]
+  assert first[0]["improvement"] == [0.0, 0.0]
+  for name in ("results.md", "trade_off-diabetes.png", "difference_spectra.png", "gradient_cosines.png"):
+    assert (whole / name).stat().st_size > 0
+  with pytest.raises(training.RunDirectoryError, match="seeds"):
+    joint.main(dataclasses.replace(TINY, run=str(whole), seeds=3))
+
+
+def stop_after(monkeypatch, calls):
+  """Sets the stop of the run, as SIGTERM does, after so many calls of the step."""
+  stops, left = [], [calls]
+  original = joint.Session
+
+  def session(config, directory, log, stop):
+    stops.append(stop)
+    return original(config, directory, log, stop)
+
+  def progress(*_):
+    left[0] -= 1
+    if left[0] == 0:
+      stops[0].set()
+
+  monkeypatch.setattr(joint, "Session", session)
+  monkeypatch.setattr(common, "Progress", lambda *_: progress)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"balancers": ("UPGrad", "upgrade")}, r"\['upgrade'\]; there are random weights, .*Nash-MTL"),
+    ({"problems": ("iris",)}, r"\['iris'\]; there are overlaid_digits, diabetes"),
+    ({"diabetes": dataclasses.replace(SMALL, weights={"sugar": 2.0})}, r"losses are for .*weights for .*sugar"),
+    ({"diabetes": dataclasses.replace(SMALL, steps=15)}, "steps must be a positive multiple of 10; got 15"),
+    ({"diabetes": dataclasses.replace(SMALL, l2=(0.0,))}, "strengths of couplings must be positive"),
+    ({"diabetes": dataclasses.replace(SMALL, hidden=(8,))}, "two layers"),
+    ({"seeds": 0}, "seeds"),
+  ],
+)
+def test_settings_that_make_no_sense_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(TINY, **changes).checked()
+
+
+def test_names_of_tasks_must_match():
+  joint.check_tasks(losses={"a": 1, "b": 2}, heads={"b": 1, "a": 1})
+  for other in ("heads", "labels", "weights"):
+    with pytest.raises(ValueError, match=rf"losses are for \['a', 'b'\], {other} for \['a', 'c'\]"):
+      joint.check_tasks(losses={"a": 1, "b": 2}, **{other: {"a": 1, "c": 2}})
+  with pytest.raises(ValueError, match="weights for"):
+    joint.task_terms(joint.PROBLEMS["diabetes"], {"left": 1.0})
+
+
+def test_weights_reach_their_loss():
+  terms = joint.task_terms(joint.PROBLEMS["diabetes"], {"sex": 3.0})
+  assert {task: term.weight for task, term in terms.items()} == {"progression": 1.0, "glucose": 1.0, "sex": 3.0}
+
+
+def test_one_of_is_the_balancer_it_chooses():
+  made = tuple(BALANCERS[name](3, 30) for name in ("uncertainty", "Nash-MTL", "random weights"))
+  losses, gramian, key = jnp.array([1.0, 2.0, 3.0]), jnp.diag(jnp.array([1.0, 4.0, 9.0])), jax.random.key(0)
+  state = one_of(made, jnp.int32(0)).init(3)
+
+  @jax.jit
+  def update(index):
+    return one_of(made, index).update(losses, state, gramian=gramian, key=key)
+
+  for index, balancer in enumerate(made):
+    weights, after = update(jnp.int32(index))
+    expected, moved = balancer.update(losses, balancer.init(3), gramian=gramian, key=key)
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+    for other, (new, old) in enumerate(zip(after, state, strict=True)):
+      for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(moved if other == index else old), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_every_balancer_can_be_made_for_three_tasks_and_all_but_two_for_two():
+  for tasks in (2, 3):
+    work = joint.Work("", joint.Problem("x", dict.fromkeys("abc"[:tasks])), SMALL, {})
+    names = [name for group in joint.balancers_of(joint.Config(), work) for name in group]
+    left_out = set() if tasks == 3 else {"Krum", "trimmed mean"}
+    assert set(names) == {"hard", *BALANCERS} - left_out
+
+
+def test_the_front_holds_what_no_other_beats():
+  points = {"a": (0.0, 3.0), "b": (1.0, 1.0), "c": (2.0, 2.0), "d": (2.0, 1.0), "e": (3.0, 0.0)}
+  assert pareto_front(points) == ["a", "c", "e"]
+
+
+def test_verdicts_need_an_interval_without_zero():
+  line = lambda method, values: (
+    {"method": method, "tasks": {"a": {}}, "improvement": values} | {"improvement_by_task": {"a": values}}
+  )
+  results = [line("independent", [0, 0, 0]), line("good", [1, 1.1, 1]), line("bad", [-1, -1.1, -1])]
+  text = "\n".join(joint_report.verdicts([*results, line("unclear", [-1, 1, 0.5])]))
+  assert "**a**: worse than an independent network with bad; better with good." in text
+  assert "**overall**: sharing hurts with bad." in text
