@@ -1,0 +1,187 @@
+"""Weighting solves and per-task gradients against TorchJD, on one thread.
+
+    python -m benchmarks.balancing              writes benchmarks/results/balancing_*.md
+    python -m benchmarks.balancing --smoke      one repeat of the small sizes, for a look
+
+TorchJD's solvers are optional (quadprog and qpsolvers, cvxpy with Clarabel and ECOS). Where one is not installed,
+only the time of kdflax is shown.
+"""
+
+import os
+
+# One thread for both; before the backends start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import argparse
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import environment, report, time_interleaved
+from kdflax import balancing
+
+WIDTHS = (256, 512, 512, 1)
+BATCH = 128
+
+
+def gradients(num_tasks: int) -> np.ndarray:
+  """Random gradients of which half conflict with the other half."""
+  generator = np.random.default_rng(num_tasks)
+  rows = generator.normal(size=(num_tasks, 2 * num_tasks + 10))
+  return rows + np.where(np.arange(num_tasks) % 2, 0.3, -0.3)[:, None] * generator.normal(size=rows.shape[1])
+
+
+def torch_weighting(name: str) -> Callable[..., Any] | None:
+  """The peer's weighting of a Gramian, None where its solver is not installed."""
+  from torchjd import aggregation
+
+  make = {
+    "upgrad": aggregation.UPGradWeighting,
+    "dual_projection": aggregation.DualProjWeighting,
+    "mgda": aggregation.MGDAWeighting,
+    "cagrad": lambda: aggregation.CAGradWeighting(c=0.5),
+    "imtl_g": aggregation.IMTLGWeighting,
+    "aligned_mtl": aggregation.AlignedMTLWeighting,
+    "pcgrad": aggregation.PCGradWeighting,
+    "fair_grad": lambda: aggregation.FairGradWeighting(alpha=2.0),
+  }
+  try:
+    return make[name]()
+  except ImportError:
+    return None
+
+
+def torch_nash(rows):
+  """Nash-MTL has no weighting of a Gramian there: it takes the matrix, whose product with the weights is negligible."""
+  from torchjd import aggregation
+
+  try:
+    aggregator = aggregation.NashMTL(n_tasks=len(rows))
+    aggregator(rows)
+  except Exception:  # the solver is missing, or fails on a missing back end
+    return None
+  return lambda: (aggregator.reset(), aggregator(rows))
+
+
+def weighting_rows(sizes, repeats):
+  import torch
+
+  torch.set_num_threads(1)
+  ours = {
+    "upgrad": balancing.upgrad,
+    "dual_projection": balancing.dual_projection,
+    "mgda": balancing.mgda,
+    "cagrad": balancing.cagrad,
+    "nash_mtl": balancing.nash_mtl,
+    "fair_grad": functools.partial(balancing.fair_grad, alpha=2.0),
+    "imtl_g": balancing.imtl_g,
+    "aligned_mtl": balancing.aligned_mtl,
+    "pcgrad": balancing.pcgrad,
+  }
+  rows = []
+  for name, weighting in ours.items():
+    for tasks in sizes:
+      matrix = gradients(tasks).astype(np.float32)
+      products = jnp.asarray(matrix @ matrix.T)
+      extra = (balancing.random_order(jax.random.key(0), tasks),) if name == "pcgrad" else ()
+      solve = jax.jit(weighting)
+      functions = {
+        "kdflax": lambda solve=solve, products=products, extra=extra: solve(products, *extra).block_until_ready()
+      }
+      if name == "nash_mtl":
+        peer = torch_nash(torch.tensor(matrix))
+      else:
+        weigh, theirs = torch_weighting(name), torch.tensor(np.array(products))
+        peer = None if weigh is None else lambda weigh=weigh, theirs=theirs: weigh(theirs)
+      if peer is not None:
+        functions["torchjd"] = peer
+      times = time_interleaved(functions, repeats=repeats)
+      row = {"method": name, "T": tasks, "kdflax ms": times["kdflax"][0]}
+      if "torchjd" in times:
+        row |= {"torchjd ms": times["torchjd"][0], "times faster": times["torchjd"][0] / times["kdflax"][0]}
+      else:
+        row |= {"torchjd ms": "solver not installed", "times faster": ""}
+      rows.append(row)
+  return rows
+
+
+def network(num_tasks):
+  generator = np.random.default_rng(0)
+  widths = (*WIDTHS[:-1], num_tasks)
+  shapes = list(itertools.pairwise(widths))
+  weights = [(generator.normal(size=shape) / np.sqrt(shape[0])).astype(np.float32) for shape in shapes]
+  return weights, generator.normal(size=(BATCH, WIDTHS[0])).astype(np.float32)
+
+
+def gradient_rows(sizes, repeats):
+  """Gradients of T losses over the trunk, their Gramian, MGDA and the combination."""
+  import torch
+  import torchjd
+
+  torch.set_num_threads(1)
+  rows = []
+  for tasks in sizes:
+    weights, inputs = network(tasks)
+
+    def losses_fn(trunk, head, inputs):
+      hidden = inputs
+      for kernel in trunk:
+        hidden = jax.nn.relu(hidden @ kernel)
+      return ((hidden @ head) ** 2).mean(0)
+
+    def step(trunk, head, inputs, batch_size=None):
+      _, per_task = balancing.task_gradients(lambda p: losses_fn(p, head, inputs), trunk, batch_size=batch_size)
+      return balancing.combine(per_task, balancing.mgda(balancing.gramian(per_task)))
+
+    arrays = [jnp.asarray(w) for w in weights[:-1]], jnp.asarray(weights[-1]), jnp.asarray(inputs)
+    functions, memory = {}, {}
+    for label, batch_size in (("kdflax vmap", None), ("kdflax map", 1)):
+      compiled = jax.jit(functools.partial(step, batch_size=batch_size)).lower(*arrays).compile()
+      functions[label] = lambda compiled=compiled, arrays=arrays: jax.block_until_ready(compiled(*arrays))
+      memory[label] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    trunk = [torch.tensor(w, requires_grad=True) for w in weights[:-1]]
+    head, batch = torch.tensor(weights[-1]), torch.tensor(inputs)
+    aggregator = torchjd.aggregation.MGDA()
+
+    def peer(trunk=trunk, head=head, batch=batch, aggregator=aggregator):
+      hidden = batch
+      for kernel in trunk:
+        hidden = torch.relu(hidden @ kernel)
+      torchjd.autojac.backward(((hidden @ head) ** 2).mean(0))
+      torchjd.autojac.jac_to_grad(trunk, aggregator)
+
+    functions["torchjd"] = peer
+    times = time_interleaved(functions, repeats=repeats)
+    best = min(times["kdflax vmap"][0], times["kdflax map"][0])
+    rows.append(
+      {"T": tasks}
+      | {f"{label} ms": times[label][0] for label in functions}
+      | {"times faster": times["torchjd"][0] / best}
+      | {f"{label} MiB": memory[label] for label in memory}
+    )
+  return rows
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--smoke", action="store_true")
+  smoke = parser.parse_args(argv).smoke
+  machine = environment("torch", "torchjd", "quadprog", "cvxpy", "ecos", "clarabel")
+  repeats = 3 if smoke else 31
+  title = "Weights from a Gramian, float32, one thread, median of a call"
+  report("balancing_weightings", title, weighting_rows((3, 8) if smoke else (3, 8, 16, 32, 64), repeats), machine)
+  title = f"Gradients of T tasks over a trunk of {WIDTHS[:-1]}, batch {BATCH}, MGDA and combination"
+  notes = "MiB: temporary memory of the compiled step, per-task gradients included."
+  report("balancing_gradients", title, gradient_rows((2,) if smoke else (2, 5, 10, 20), repeats), machine, notes)
+
+
+if __name__ == "__main__":
+  main()

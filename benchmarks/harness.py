@@ -1,0 +1,96 @@
+"""Timing and reporting that the benchmarks share: interleaved repeats, medians, the machine, a Markdown table."""
+
+import gc
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 2):
+  """Time functions in turns, so that a slow moment of the machine falls on all of them.
+
+  Args:
+    functions: by name; each call must block until its result is there.
+    repeats: timed rounds, every function once a round.
+    warmup: untimed calls of each first, which also compile.
+
+  Returns:
+    `{name: (median, lower quartile, upper quartile)}` in milliseconds.
+  """
+  for function in functions.values():
+    for _ in range(warmup):
+      function()
+  times: dict[str, list[float]] = {name: [] for name in functions}
+  gc.collect()
+  gc.disable()
+  try:
+    for _ in range(repeats):
+      for name, function in functions.items():
+        start = time.perf_counter()
+        function()
+        times[name].append(1e3 * (time.perf_counter() - start))
+  finally:
+    gc.enable()
+  return {name: _quartiles(values) for name, values in times.items()}
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+  if len(values) < 2:
+    return values[0], values[0], values[0]
+  lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+  return median, lower, upper
+
+
+def environment(*packages: str) -> dict[str, Any]:
+  """Versions of the packages that are installed, and the machine with its load at this moment."""
+  versions = {}
+  for package in ("jax", "jaxlib", "numpy", *packages):
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = "not installed"
+  return {
+    "versions": versions,
+    "python": platform.python_version(),
+    "processor": _processor(),
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "load": [round(load, 2) for load in os.getloadavg()],
+  }
+
+
+def _processor() -> str:
+  cpuinfo = pathlib.Path("/proc/cpuinfo")
+  if cpuinfo.exists():
+    for line in cpuinfo.read_text().splitlines():
+      if line.startswith("model name"):
+        return line.split(":", 1)[1].strip()
+  return platform.processor() or platform.machine()
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Rows of one table; the columns are the keys of the first row, floats get three significant digits."""
+  columns = list(rows[0])
+  show = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
+  lines = [columns, ["---"] * len(columns), *([show(row.get(column, "")) for column in columns] for row in rows)]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(
+  name: str, title: str, rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], notes: str = ""
+) -> None:
+  """Print the table and write `results/NAME.md` and `results/NAME.json`."""
+  versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+  where = f"{machine['processor']}, {machine['cores']} cores, load {machine['load'][0]} at the start; {versions}."
+  text = "\n\n".join(part for part in (f"# {title}", notes, markdown_table(rows), where) if part) + "\n"
+  print(text)
+  RESULTS.mkdir(exist_ok=True)
+  (RESULTS / f"{name}.md").write_text(text)
+  (RESULTS / f"{name}.json").write_text(json.dumps({"rows": list(rows), "environment": dict(machine)}, indent=2) + "\n")

@@ -1,0 +1,184 @@
+"""Writes docs/methods.md: `python -m docs.generate_methods`.
+
+Formulas and papers come from the docstrings, so the page cannot disagree with them. What a docstring does not say, how
+the field calls a method, what it needs from the models and the weight that goes with its scale, is the table below.
+"""
+
+import importlib
+import inspect
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from kdflax import losses
+
+PAGE = pathlib.Path(__file__).with_name("methods.md")
+NONE = "none published"
+
+
+class Facts(NamedTuple):
+  """What the docstring of a loss does not say."""
+
+  method: str
+  needs: str
+  weight: str = NONE
+
+
+FACTS = {
+  # logits
+  "kl_soft_targets": Facts(
+    "KD, soft targets; mutual learning (DML)", "logits", "0.9 at T = 4, cross-entropy 0.1 [r, m]"
+  ),
+  "hard_targets": Facts("Hard distillation (DeiT)", "logits"),
+  "dkd": Facts("DKD", "logits, labels", "1 with alpha 1, beta 8, T = 4; warm-up of 20 epochs [m]"),
+  "nkd": Facts("NKD", "logits, labels"),
+  "dist": Facts("DIST", "logits"),
+  "class_correlation": Facts("MLKD, class level", "logits"),
+  "batch_correlation": Facts("MLKD, batch level", "logits"),
+  "standardize_logits": Facts("Logit standardization", "logits", "9 for KD at T = 2 [s]"),
+  # divergences
+  "forward_kl": Facts("Forward KL; GKD at beta 0", "logits"),
+  "reverse_kl": Facts("Reverse KL (MiniLLM); GKD at beta 1", "logits"),
+  "total_variation": Facts("Total variation distance (f-distill)", "logits"),
+  "skew_kl": Facts("Skew KL (DistiLLM)", "logits"),
+  "reverse_skew_kl": Facts("Skew reverse KL (DistiLLM)", "logits"),
+  "jensen_shannon": Facts("Generalised JSD (GKD)", "logits"),
+  # features
+  "hint": Facts("FitNets hint", "feature maps or embedding; connector where widths or sizes differ", "100 [r, m]"),
+  "cosine": Facts(
+    "Cosine feature matching", "feature maps, tokens or embedding; connector where widths or sizes differ"
+  ),
+  "hierarchical_context": Facts("ReviewKD, HCL", "feature maps; fusion of student stages as the connector", "1 [m]"),
+  "vid": Facts("VID", "feature maps; connector for the mean, learned variance", "1 [r, m]"),
+  "activation_boundary": Facts(
+    "AB",
+    "feature maps before the ReLU; connector where widths differ",
+    "3e-3 for the last layer, halved for each before: 1 with the 3 / 1000 of its code [r]",
+  ),
+  "ofd": Facts(
+    "OFD",
+    "feature maps before the ReLU and `ofd_margin` of the teacher's batch normalisation; connector",
+    "1e-3 for the last layer, halved for each before [m]",
+  ),
+  # attention maps
+  "attention_transfer": Facts("AT", "feature maps", "1000 [r, m]"),
+  "factor_transfer": Facts("FT", "feature maps; paraphraser and translator as connectors", "200 [r]"),
+  "class_attention_transfer": Facts(
+    "CAT-KD", "class activation maps: features times the head", "4.5 to 15 by model pair, with normalize=False [c]"
+  ),
+  # Gram matrices of features
+  "fsp": Facts("FSP", "feature maps of two layers; connector where widths differ", "50 [r]"),
+  "nst": Facts("NST", "feature maps", "50 [r, m]"),
+  "inter_channel_correlation": Facts("ICKD", "feature maps; connector where widths differ"),
+  "kdsvd": Facts("KDSVD", "feature maps of two layers; connector where widths differ", "1 [r, m]"),
+  # relations
+  "rkd_distance": Facts("RKD-D", "embedding", "25 [r, m]"),
+  "rkd_angle": Facts("RKD-A", "embedding", "50 [r, m]"),
+  "similarity_preserving": Facts("SP", "feature maps or embedding", "3000 [r, m]"),
+  "pkt": Facts("PKT", "embedding", "30000 [r, m]"),
+  "correlation_congruence": Facts("CC, CCKD", "embedding, of unit norm for the Gaussian kernel"),
+  # contrastive
+  "crd": Facts(
+    "CRD",
+    "embeddings of unit norm through a learned projection, indices of the examples, memory",
+    "0.8 with 16384 negatives [r, m]",
+  ),
+  "info_nce": Facts("InfoNCE", "embeddings of one width"),
+  # sequences
+  "top_k_kl": Facts("Top-k KL", "logits, the teacher's k log-probabilities and classes"),
+  "fused_linear": Facts("Fused heads", "hidden states and vocabulary heads"),
+  "unordered_logits": Facts("ULD", "logits, over any two vocabularies"),
+}
+
+# Public, but no method of their own.
+TOOLS = {"crd_memory", "masked_mean", "masked_sum", "ofd_margin", "standardized"}
+
+INTRODUCTION = """\
+# Methods
+
+Every distillation loss of `kdflax.losses`. This page is generated from the docstrings, which say more: edit those, or
+the table in `docs/generate_methods.py`, and run `python -m docs.generate_methods`.
+
+A weight multiplies the mean over the examples, next to a cross-entropy of weight 1 unless it says otherwise. It goes
+with the scale of the formula here and was chosen by others for small CIFAR-100 networks: a start for a search, no more.
+Sources: [r] RepDistiller's scripts, [m] mdistiller's configurations, [s] the scripts of logit-standardization-KD, [c]
+the configurations of the CAT-KD authors.
+"""
+
+
+def methods() -> dict[str, Callable]:
+  """The public losses by name.
+
+  Raises:
+    ValueError: if one has no line in the table of facts.
+  """
+  public = {name: getattr(losses, name) for name in losses.__all__}
+  functions = {name: f for name, f in public.items() if inspect.isfunction(f) and name not in TOOLS}
+  if unknown := functions.keys() - FACTS.keys():
+    raise ValueError(f"no facts for {', '.join(sorted(unknown))}: add a line to FACTS in docs/generate_methods.py")
+  return functions
+
+
+def formula(loss: Callable) -> list[str]:
+  """The indented lines before the arguments."""
+  description = (inspect.getdoc(loss) or "").split("\nArgs:")[0]
+  lines = [line.strip() for line in description.splitlines() if line.startswith("  ")]
+  if not lines:
+    raise ValueError(f"the docstring of {loss.__name__} has no formula: indent it, before the arguments")
+  return lines
+
+
+def paper(loss: Callable) -> str:
+  """The first reference as a link."""
+  text = " ".join((inspect.getdoc(loss) or "").split())
+  found = re.search(r'Reference: (.+?), "(.+?)", (.*?\d{4})\b(?:, arXiv (\d{4}\.\d{4,5}))?', text)
+  if not found:
+    raise ValueError(f'the docstring of {loss.__name__} must say: Reference: AUTHORS, "TITLE", YEAR, arXiv NUMBER')
+  authors, title, year, number = found.groups()
+  title = f"[{title}](https://arxiv.org/abs/{number})" if number else title
+  return f"{authors}, {title}, {year}"
+
+
+def code(text: str) -> str:
+  """A code span inside a table, where a bar would start a new cell."""
+  return f"`{text}`".replace("|", "\\|")
+
+
+def row(name: str, loss: Callable) -> str:
+  facts = FACTS[name]
+  cells = [
+    facts.method,
+    code(name),
+    paper(loss),
+    "<br>".join(map(code, formula(loss))),
+    facts.needs,
+    facts.weight,
+  ]
+  return f"| {' | '.join(cells)} |"
+
+
+def section(module: str, functions: Mapping[str, Callable]) -> str:
+  about = (importlib.import_module(module).__doc__ or "").splitlines()[0]
+  lines = [
+    f"## {module.rsplit('.', 1)[1].replace('_', ' ').capitalize()}",
+    "",
+    about,
+    "",
+    "| method | function | paper | formula | needs | weight |",
+    "| --- | --- | --- | --- | --- | --- |",
+    *(row(name, loss) for name, loss in functions.items() if loss.__module__ == module),
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+  """The whole page; losses are in the order of the table of facts."""
+  public = methods()
+  functions = {name: public[name] for name in FACTS if name in public}
+  modules = dict.fromkeys(loss.__module__ for loss in functions.values())
+  return "\n".join([INTRODUCTION, *(section(module, functions) for module in modules)])
+
+
+if __name__ == "__main__":
+  PAGE.write_text(page())

@@ -1,0 +1,329 @@
+"""Every recipe of docs/recipes.md makes the update that a reader would derive by hand.
+
+A block is run as it stands, with a `run` that keeps the state before and after; then its update, by gradient descent at
+rate 1, is compared with the gradient of the sum written out here.
+"""
+
+import functools
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kdflax import balancing, losses, training
+
+TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+BLOCKS = dict(re.findall(r"^##+ ([^\n]*)\n(?:(?!^#)[^\n]*\n)*?^```python\n(.*?)^```$", TEXT, re.M | re.S))
+PREAMBLE = re.search(r"^```python\n(.*?)^```$", TEXT, re.M | re.S).group(1)
+STEP = 3  # of the update, so that schedules are under way
+
+
+class Call(NamedTuple):
+  """One `run` of a recipe."""
+
+  network: Any
+  frozen: Any
+  before: training.TrainState
+  after: training.TrainState
+
+
+def _execute(title):
+  """Names that a recipe defines, and its runs."""
+  names: dict[str, Any] = {}
+  exec(compile(PREAMBLE, "docs/recipes.md", "exec"), names)
+  calls = []
+
+  def run(network, terms, frozen=None, optimizer=None, **options):
+    learner = training.learner(network, terms, optimizer or optax.sgd(1.0), **options)
+    batch, frozen = _wide(names["batch"]), _wide(frozen or {})
+    before = _wide(learner.init(jax.random.key(0), batch, frozen)._replace(step=jnp.int32(STEP)))
+    calls.append(Call(network, frozen, before, jax.jit(learner.step)(before, batch, frozen)[0]))
+    return calls[-1].after
+
+  names["run"] = run
+  exec(compile(BLOCKS[title], f"docs/recipes.md: {title}", "exec"), names)
+  return names, calls
+
+
+def _outputs(call, params, names, batch):
+  """Outputs of networks, frozen or not."""
+  return [
+    call.network[n].apply(*(call.frozen[n] if n in call.frozen else (params[n], {})), batch, train=False, key=None)[0]
+    for n in names
+  ]
+
+
+def _project(params, x):
+  return x @ params["linear"]["kernel"] + params["linear"].get("bias", 0)
+
+
+def _ce(logits, labels):
+  return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+
+
+def _kl(student, teacher, temperature=2.0):
+  """To the teacher's logits, which get no gradient."""
+  log_p, log_q = (jax.nn.log_softmax(z / temperature) for z in (jax.lax.stop_gradient(teacher), student))
+  return temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def _mean_square(a, b):
+  return jnp.square(a - b).mean(-1)
+
+
+def _unit(x):
+  square = jnp.square(x).sum(-1, keepdims=True)
+  return x / jnp.sqrt(jnp.where(square > 0, square, 1))
+
+
+def _wide(tree):
+  """In float64, where two ways to the same number agree to nine digits."""
+  return jax.tree.map(
+    lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x), tree
+  )
+
+
+def into_single_task_students(call, params, batch):
+  teacher, left, right = _outputs(call, params, ("teacher", "left", "right"), batch)
+  total = 0
+  for task, student in {"left": left, "right": right}.items():
+    total += _ce(student["logits"], batch[task]).mean() + _kl(student["logits"], teacher["logits"][task]).mean()
+    projected = _project(params[f"{task}_hint"], student["embedding"])
+    total += 0.5 * _mean_square(projected, teacher["embedding"]).mean()
+    total += losses.rkd_distance(student["embedding"], teacher["embedding"]).mean()
+  return total
+
+
+def into_one_multi_task_student(call, params, batch):
+  teacher, student = _outputs(call, params, ("teacher", "student"), batch)
+  hint = _mean_square(_project(params["hint"], student["embedding"]), teacher["embedding"])
+  total = 0.5 * hint.mean() + losses.rkd_distance(student["embedding"], teacher["embedding"]).mean()
+  for task in ("left", "right"):
+    total += (_ce(student["logits"][task], batch[task]) + _kl(student["logits"][task], teacher["logits"][task])).mean()
+  return total
+
+
+def average_of_logits(call, params, batch):
+  a, b, student = _outputs(call, params, ("a", "b", "student"), batch)
+  return (_ce(student["logits"], batch["label"]) + _kl(student["logits"], (a["logits"] + b["logits"]) / 2)).mean()
+
+
+def average_of_probabilities(call, params, batch):
+  a, b, student = (o["logits"] for o in _outputs(call, params, ("a", "b", "student"), batch))
+  mixture = (jax.nn.softmax(a / 2) + 3 * jax.nn.softmax(b / 2)) / 4
+  return (4 * (mixture * (jnp.log(mixture) - jax.nn.log_softmax(student / 2))).sum(-1)).mean()
+
+
+def confidence_weights(call, params, batch):
+  a, b, student = _outputs(call, params, ("a", "b", "student"), batch)
+  wrong = [jnp.exp(_ce(t["logits"], batch["label"])) for t in (a, b)]
+  weights = [1 - w / sum(wrong) for w in wrong]
+  soft = sum(w * _kl(student["logits"], t["logits"]) for w, t in zip(weights, (a, b), strict=True))
+  return (soft + weights[1] * _mean_square(_project(params["hint_b"], student["embedding"]), b["embedding"])).mean()
+
+
+def random_or_scheduled(call, params, batch):
+  _, b, student = (o["logits"] for o in _outputs(call, params, ("a", "b", "student"), batch))
+  return (
+    _kl(student, b) + STEP / 6 * _kl(student, b)
+  ).mean()  # at this step b is drawn, and a's weight has fallen to 0
+
+
+def class_subsets(call, params, batch):
+  a, b, student = (o["logits"] for o in _outputs(call, params, ("a", "b", "student"), batch))
+  mixture = jnp.zeros((8, 4)).at[:, [0, 2]].set(jax.nn.softmax(a / 2) / 2).at[:, [1, 3]].set(jax.nn.softmax(b / 2) / 2)
+  of_all = 4 * (mixture * (jnp.log(mixture) - jax.nn.log_softmax(student / 2))).sum(-1).mean()
+  own = (jax.nn.softmax(b) * (jax.nn.log_softmax(b) - jax.nn.log_softmax(student)[:, [1, 3]])).sum(-1)
+  return of_all + own.sum(where=batch["label"] % 2 == 1) / (batch["label"] % 2 == 1).sum()
+
+
+def gradients_of_teachers(call, params, batch):
+  a, b, student = (o["logits"] for o in _outputs(call, params, ("a", "b", "student"), batch))
+  return jnp.stack([_kl(student, a).mean(), _kl(student, b).mean()])
+
+
+def single_task_teachers(call, params, batch):
+  left, right, student = _outputs(call, params, ("left", "right", "student"), batch)
+  rows = []
+  for task, teacher in {"left": left, "right": right}.items():
+    apart = _unit(_project(params[f"to_{task}"], student["embedding"])) - _unit(teacher["embedding"])
+    feature = jnp.square(apart).sum(-1)
+    logits = student["logits"][task]
+    rows.append((_ce(logits, batch[task]) + _kl(logits, teacher["logits"]) + feature).mean())
+  return jnp.stack(rows)
+
+
+def mutual(call, params, batch):
+  students = [o["logits"] for o in _outputs(call, params, list(call.network), batch)]
+  total = sum(_ce(z, batch["label"]) for z in students)
+  for i, student in enumerate(students):
+    others = [z for j, z in enumerate(students) if j != i]
+    total += sum(_kl(student, z, 1.0) for z in others) / len(others)
+  return total.mean()
+
+
+def online_ensemble(call, params, batch):
+  one, two = (o["logits"] for o in _outputs(call, params, ("one", "two"), batch))
+  return sum(_ce(z, batch["label"]) + _kl(z, (one + two) / 2) for z in (one, two)).mean()
+
+
+def one_teacher(call, params, batch, *, temperature=2.0):
+  teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
+  return (_ce(student, batch["label"]) + _kl(student, teacher, temperature)).mean()
+
+
+def mean_teacher(call, params, batch):
+  return one_teacher(call._replace(frozen={"teacher": (call.before.averages["teacher"], {})}), params, batch)
+
+
+def between_exits(call, params, batch):
+  (student,) = (o["logits"] for o in _outputs(call, params, ("student",), batch))
+  return (sum(_ce(z, batch["label"]) for z in student.values()) + _kl(student["early"], student["final"])).mean()
+
+
+def across_augmentations(call, params, batch):
+  (student,) = _outputs(call, params, ("student",), batch)
+  weak, strong = student["weak"]["logits"], student["strong"]["logits"]
+  return (_ce(weak, batch["label"]) + _kl(strong, weak)).mean()
+
+
+def unlabelled(call, params, batch):
+  teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
+  return _ce(student, batch["label"])[:4].mean() + _kl(student, teacher).mean()
+
+
+def schedules(call, params, batch):
+  teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
+  return (_ce(student, batch["label"]) + STEP / 16 * _kl(student, teacher, 8 - STEP / 2)).mean()
+
+
+def soft_only(call, params, batch):
+  teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
+  return _kl(student, teacher).mean()
+
+
+def curriculum(call, params, batch):
+  teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
+  theta = params["curriculum"]["theta"]
+  fixed = jax.lax.stop_gradient(theta)
+  temperature = 1 + 20 * jax.nn.sigmoid(fixed - STEP / 8 * (theta - fixed))
+  return _kl(student, teacher, temperature).mean()
+
+
+def hard_only(call, params, batch):
+  (student,) = _outputs(call, params, ("student",), batch)
+  return _ce(student["logits"], batch["label"]).mean()
+
+
+def contrastive(call, params, batch):
+  teacher, student = _outputs(call, params, ("teacher", "student"), batch)
+  key = training.named_key(jax.random.fold_in(call.before.key, STEP), "contrast")
+  indices = (batch["index"][:, None] + jnp.pad(jax.random.randint(key, (8, 4), 1, 20), ((0, 0), (1, 0)))) % 20
+  embeddings = [
+    _unit(_project(params[f"{name}_embedding"], outputs["embedding"]))
+    for name, outputs in {"student": student, "teacher": teacher}.items()
+  ]
+  values, _ = losses.crd(*embeddings, indices, call.before.model_state["contrast"]["memory"])
+  return _ce(student["logits"], batch["label"]).mean() + 0.8 * values.mean()
+
+
+SCHEMES = {
+  "Into single-task students": into_single_task_students,
+  "Into one multi-task student": into_one_multi_task_student,
+  "Average of logits": average_of_logits,
+  "Average of probabilities": average_of_probabilities,
+  "Confidence weights for each example": confidence_weights,
+  "A random or a scheduled choice": random_or_scheduled,
+  "Teachers that know some of the classes": class_subsets,
+  "Gradients of the teachers, balanced": gradients_of_teachers,
+  "Single-task teachers into one multi-task student": single_task_teachers,
+  "Mutual learning": mutual,
+  "Online ensemble": online_ensemble,
+  "Mean teacher": mean_teacher,
+  "Born again": functools.partial(one_teacher, temperature=1.0),
+  "Teacher assistants": one_teacher,
+  "Self-distillation between exits": between_exits,
+  "Self-distillation across augmentations": across_augmentations,
+  "Unlabelled examples": unlabelled,
+  "Schedules of weights and temperatures": schedules,
+  "Curriculum temperature": curriculum,
+  "Freezing and unfreezing by path": hard_only,
+  "Contrastive distillation with its memory": contrastive,
+  "A teacher known by its content": soft_only,
+  "The student leaves": hard_only,
+}
+WEIGHTINGS = {
+  "Gradients of the teachers, balanced": (balancing.mgda, lambda path: True),
+  "Single-task teachers into one multi-task student": (balancing.upgrad, lambda path: "student/shared/" in path),
+}
+
+
+def _path(path):
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _by_hand(title, call, batch):
+  objective = lambda params: SCHEMES[title](call, params, batch)
+  if title not in WEIGHTINGS:
+    return jax.jit(jax.grad(objective))(call.before.params)
+  weighting, is_shared = WEIGHTINGS[title]
+  rows = jax.jit(jax.jacrev(objective))(call.before.params)
+  flat = np.concatenate(
+    [np.asarray(g, np.float64).reshape(2, -1) for path, g in jax.tree.leaves_with_path(rows) if is_shared(_path(path))],
+    axis=1,
+  )
+  weights = weighting(jnp.asarray(flat @ flat.T))
+  return jax.tree.map(lambda g: jnp.einsum("t,t...->...", weights, g), rows)
+
+
+def _assert_descends(call, gradient, moves):
+  assert sum(np.abs(g).sum() for g in jax.tree.leaves(gradient)) > 0.1
+  leaves = jax.tree.leaves_with_path(call.before.params)
+  for (path, before), after, g in zip(
+    leaves, jax.tree.leaves(call.after.params), jax.tree.leaves(gradient), strict=True
+  ):
+    expected = np.subtract(before, g) if moves(_path(path)) else np.asarray(before)
+    np.testing.assert_allclose(after, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max(), err_msg=_path(path))
+
+
+@pytest.fixture
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("title", BLOCKS)
+def test_the_update_of_a_recipe_is_the_gradient_of_the_sum_by_hand(title):
+  names, calls = _execute(title)
+  assert calls
+  part = re.compile("head" if title == "Freezing and unfreezing by path" else "")
+  for call in calls:
+    _assert_descends(call, _by_hand(title, call, _wide(names["batch"])), part.search)
+  if title == "Mean teacher":
+    (call,) = calls
+    mean = lambda average, student: 0.9 * average + 0.1 * student
+    moved = jax.tree.map(mean, call.before.averages["teacher"], call.after.params["student"])
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), call.after.averages["teacher"], moved
+    )
+  if title in ("Born again", "Teacher assistants"):
+    taught, learned = calls[1].frozen["teacher"][0], calls[0].after.params["student"]
+    assert all(map(np.array_equal, jax.tree.leaves(taught), jax.tree.leaves(learned)))
+  if title == "Contrastive distillation with its memory":
+    before, after = (state.model_state["contrast"]["memory"] for state in (calls[0].before, calls[0].after))
+    changed = np.any(np.asarray(before.student) != np.asarray(after.student), axis=1)
+    assert np.array_equal(np.flatnonzero(changed), names["batch"]["index"])
+  if title == "The student leaves":
+    expected = _outputs(calls[0], calls[0].after.params, ("student",), names["batch"])[0]["logits"]
+    np.testing.assert_allclose(names["logits"], expected, rtol=1e-9)
+
+
+def test_every_scheme_is_on_the_page():
+  assert set(BLOCKS) == set(SCHEMES)
+  assert TEXT.count("```python") == len(BLOCKS) + 1
