@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -290,7 +291,8 @@ def result(session: phases.Session, name: str, student: Student, split: Any) -> 
   for task in TASKS:
     labels = split["label"][task]
     found["accuracy"][task] = (logits[task].argmax(-1) == labels).mean(-1).tolist()
-    nll = metrics.negative_log_likelihood(logits[task], np.broadcast_to(labels, logits[task].shape[:-1]))
+    every = jnp.broadcast_to(labels, logits[task].shape[:-1])
+    nll = metrics.negative_log_likelihood(logits[task], every)
     found["nll"][task] = np.asarray(nll).mean(-1).tolist()
     found["ece"][task] = [metrics.expected_calibration_error(of_seed, labels) for of_seed in logits[task]]
   one = phases.one_seed(student.variables)

@@ -8,8 +8,7 @@ then every balancer on the hard-sharing network.
 
 Every seed has a split of the data, initial weights and an order of batches of its own, the same for all methods, so
 that differences are paired. Strengths of the couplings are chosen by the validation split (mean over tasks of accuracy
-or R^2, mean over seeds); learning rates, steps and widths were chosen there too, for the independent networks, and are
-the same for all methods. The test split is looked at once, at the end.
+or R^2, mean over seeds). Learning rates, steps and widths are the same for all methods; nobody tuned them for any.
 
     python -m experiments.joint                       a table of two problems; results in runs/joint
     python -m experiments.joint --smoke               a look, in seconds
@@ -21,9 +20,6 @@ Killed at any moment, the same command continues it and ends with the same bits.
 import dataclasses
 import functools
 import itertools
-import pathlib
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, joint_report
+from experiments import common, joint_report, phases
 from experiments.balancers import BALANCERS, NEED_THREE_TASKS, one_of
 from kdflax import balancing, coupling, data, models, training
 from kdflax.objectives import Term, evaluate
@@ -149,25 +145,9 @@ def check_tasks(**names: Mapping[str, Any]) -> None:
 def main(config: Config) -> None:
   """Runs the experiment, or what is left of it."""
   config = config.checked()
-  common.check_room(config.run)
-  settings = dataclasses.asdict(config)
-  settings.pop("accept_changes")
-  with (
-    training.RunDirectory(config.run, settings, accept_changes=config.accept_changes) as directory,
-    training.stop_on_sigterm() as stop,
-  ):
-    session = Session(config, directory.path, training.MetricsLog(directory.path / "metrics.jsonl"), stop)
+  with phases.session(config) as session:
     results = [result for name in config.problems for result in solve(session, name)]
     print(joint_report.write(session.directory, results, config.seeds))
-
-
-class Session(NamedTuple):
-  """What the phases of a run share."""
-
-  config: Config
-  directory: pathlib.Path
-  log: training.MetricsLog
-  stop: threading.Event
 
 
 class Work(NamedTuple):
@@ -179,11 +159,10 @@ class Work(NamedTuple):
   splits: Any  # by name; arrays [seeds, examples, ...] on the device
 
 
-class Program(NamedTuple):
+class Machine(NamedTuple):
   """Everything compiled for one kind of network: an integer chooses the coupling, or the balancer, of a phase."""
 
-  init: Callable  # (keys, arrays) -> state
-  step: Callable  # (state, arrays) -> (state, metrics)
+  program: phases.Program
   predict: Callable  # (params, split) -> predictions by task
 
 
@@ -196,25 +175,25 @@ class Trained(NamedTuple):
   seconds: float | None  # None if the phase was resumed
 
 
-def solve(session: Session, name: str) -> Iterator[dict[str, Any]]:
+def solve(session: phases.Session, name: str) -> Iterator[dict[str, Any]]:
   """Trains every method on a problem; one result for each, with a number for each seed."""
   work = Work(name, PROBLEMS[name], getattr(session.config, name), load(name, session.config.seeds))
-  soft = program(work, network(work, "soft"), penalties=(coupling.l2_coupling, trace_norm))
+  soft = machine(work, network(work, "soft"), penalties=(coupling.l2_coupling, trace_norm))
   trained = train(session, work, "L2 soft", soft, 0, (0.0, *work.settings.l2))
   baseline = networks_at(trained)  # without coupling the networks are independent
-  yield result(work, "independent", baseline, baseline)
-  yield result(work, "L2 soft", best(trained, (0.0, *work.settings.l2)), baseline)
+  yield joint_report.result(name, "independent", baseline, baseline)
+  yield joint_report.result(name, "L2 soft", best(trained, (0.0, *work.settings.l2)), baseline)
   trained = train(session, work, "trace-norm soft", soft, 1, (0.0, *work.settings.trace_norm))
-  yield result(work, "trace-norm soft", best(trained, (0.0, *work.settings.trace_norm)), baseline)
-  trained = train(session, work, "feature", program(work, network(work, "feature")))
-  yield result(work, "feature", networks_at(trained), baseline)
+  yield joint_report.result(name, "trace-norm soft", best(trained, (0.0, *work.settings.trace_norm)), baseline)
+  trained = train(session, work, "feature", machine(work, network(work, "feature")))
+  yield joint_report.result(name, "feature", networks_at(trained), baseline)
   hard = network(work, "hard")
   cosines = cosine_diagnostic(work, hard)
   for made in balancers_of(session.config, work):
-    shared = program(work, hard, balancers=tuple(made.values()))
+    shared = machine(work, hard, balancers=tuple(made.values()))
     for choice, method in enumerate(made):
       trained = train(session, work, method, shared, choice, diagnose=cosines)
-      yield result(work, method, networks_at(trained), baseline)
+      yield joint_report.result(name, method, networks_at(trained), baseline)
 
 
 def balancers_of(config: Config, work: Work) -> list[dict[str, Any]]:
@@ -280,7 +259,7 @@ def task_terms(problem: Problem, weights: Mapping[str, float] | None = None) -> 
   return terms
 
 
-def program(work: Work, model: models.Model, *, penalties: Sequence = (), balancers: Sequence = ()) -> Program:
+def machine(work: Work, model: models.Model, *, penalties: Sequence = (), balancers: Sequence = ()) -> Machine:
   """Builds what trains one network for each strength and seed at once, whichever penalty or balancer is chosen."""
   settings = work.settings
   examples = work.splits["train"]["label"][next(iter(work.problem.tasks))].shape[1]
@@ -299,7 +278,7 @@ def program(work: Work, model: models.Model, *, penalties: Sequence = (), balanc
       penalties={"coupling": training.Penalty(couple, strength)} if penalties else None,
       balancer=one_of(balancers, arrays["choice"]) if balancers else None,
       shared="^student/shared/" if balancers else None,
-      sample=functools.partial(draw, size=min(settings.batch_size, examples)),
+      sample=functools.partial(phases.draw, size=min(settings.batch_size, examples)),
     )
 
   def init(keys, arrays):
@@ -311,60 +290,34 @@ def program(work: Work, model: models.Model, *, penalties: Sequence = (), balanc
     return jax.vmap(one)(state, arrays["strength"])
 
   compiled = training.make_train_step(training.Learner(init, step), steps_per_call=STEPS_PER_CALL)
-  return Program(jax.jit(init), compiled, predictor(work, model))
+  return Machine(phases.Program(jax.jit(init), compiled, STEPS_PER_CALL), predictor(work, model))
 
 
 def train(
-  session: Session,
+  session: phases.Session,
   work: Work,
   method: str,
-  program: Program,
+  machine: Machine,
   choice: int = 0,
   strengths: Sequence[float] = (0.0,),
   *,
   diagnose: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Trained:
-  """Runs a phase of a program, saved and resumed under its name."""
-  config, steps, phase = session.config, work.settings.steps, f"{work.name}, {method}"
+  """Runs a phase of a machine: one choice, all strengths and seeds."""
 
   def check(state):
-    validation = scores(work, program.predict(state.params["student"], "validation"), "validation")
+    validation = scores(work, machine.predict(state.params["student"], "validation"), "validation")
     rows = {f"validation/{task}": score[metric_of(work, task)] for task, score in validation.items()}
     rows |= diagnose(state.params["student"]) if diagnose else {}
     return {name: row.tolist() for name, row in rows.items()}
 
   arrays = {"train": work.splits["train"], "strength": jnp.asarray(strengths), "choice": jnp.int32(choice)}
-  state = program.init(jax.random.split(jax.random.key(0), config.seeds), arrays)
-  interval = max(steps // 10 // STEPS_PER_CALL, 1) * STEPS_PER_CALL
-  start = time.perf_counter()
-  with training.Checkpoints(session.directory / "checkpoints" / phase.replace(", ", "-").replace(" ", "-")) as saved:
-    resumed = bool(saved.steps())
-    state = training.fit(
-      program.step,
-      state,
-      itertools.repeat(arrays),
-      num_steps=steps,
-      steps_per_call=STEPS_PER_CALL,
-      phase=phase,
-      checkpoints=saved,
-      save_every=config.save_every,
-      log=session.log,
-      log_every=interval,
-      evaluate=check,
-      evaluate_every=interval,
-      stop=session.stop,
-      progress=common.Progress(phase, steps),
-    )
-  seconds = None if resumed else time.perf_counter() - start
-  params = state.params["student"]
-  validation = scores(work, program.predict(params, "validation"), "validation")
+  batches, steps = itertools.repeat(arrays), work.settings.steps
+  phase = phases.run(session, f"{work.name}, {method}", machine.program, batches, steps, evaluate=check)
+  params = phase.state.params["student"]
+  validation = scores(work, machine.predict(params, "validation"), "validation")
   score = np.mean([validation[task][metric_of(work, task)] for task in work.problem.tasks], axis=0)
-  return Trained(params, score, scores(work, program.predict(params, "test"), "test"), seconds)
-
-
-def draw(arrays: Any, key: jax.Array, step: jax.Array, size: int) -> Any:
-  """A batch of arrays that stay on the device."""
-  return data.gather(arrays, data.batch_indices(key, step, num_examples=data.num_examples(arrays), batch_size=size))
+  return Trained(params, score, scores(work, machine.predict(params, "test"), "test"), phase.seconds)
 
 
 def predictor(work: Work, model: models.Model) -> Callable[[Any, str], dict[str, jax.Array]]:
@@ -435,32 +388,6 @@ def networks_at(trained: Trained, index: int = 0, strength: float = 0.0) -> dict
     "seconds": trained.seconds,
     "params": jax.tree.map(lambda leaf: np.asarray(leaf[index]), trained.params),
   }
-
-
-def result(work: Work, method: str, found: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-  """One line of the results, JSON-able, with a number for each seed."""
-  higher = {"accuracy": True, "absolute_error": False}
-  relative = lambda tasks: {t: {n: v for n, v in metrics.items() if n in higher} for t, metrics in tasks.items()}
-  new, old = relative(found["tasks"]), relative(baseline["tasks"])
-  compare = functools.partial(training.metrics.multitask_improvement, higher_is_better=higher)
-  params, seeds = found["params"], len(found["validation"])
-  line = {
-    "problem": work.name,
-    "method": method,
-    **{name: found[name] for name in ("strength", "tasks", "validation", "seconds")},
-    "improvement": compare(new, old).tolist(),
-    "improvement_by_task": {task: compare({task: new[task]}, {task: old[task]}).tolist() for task in new},
-    "delta_m": training.metrics.delta_m(new, old, higher_is_better=higher).tolist(),
-    "parameters": models.count_parameters(params) // seeds,
-  }
-  return line | ({"spectrum": spectrum(params["stacked"])} if "stacked" in params else {})
-
-
-def spectrum(stacked: Any) -> list[float]:
-  """Singular values of the differences between the tasks' first kernels, mean over pairs and seeds."""
-  kernels = np.asarray(stacked["hidden"]["0"]["kernel"])  # [seeds, tasks, in, out]
-  pairs = [kernels[:, i] - kernels[:, j] for i, j in itertools.combinations(range(kernels.shape[1]), 2)]
-  return np.linalg.svd(np.stack(pairs), compute_uv=False).mean((0, 1)).tolist()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""The table, the verdicts and the pictures of the joint-learning experiment."""
+"""The results, the table, the verdicts and the pictures of the joint-learning experiment."""
 
+import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,7 +10,34 @@ from typing import Any
 import numpy as np
 
 from experiments import common, pictures
+from kdflax import models, training
 from kdflax.training import write_atomically
+
+
+def result(problem: str, method: str, found: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
+  """One line of the results, JSON-able, with a number for each seed."""
+  higher = {"accuracy": True, "absolute_error": False}
+  relative = lambda tasks: {t: {n: v for n, v in metrics.items() if n in higher} for t, metrics in tasks.items()}
+  new, old = relative(found["tasks"]), relative(baseline["tasks"])
+  compare = functools.partial(training.metrics.multitask_improvement, higher_is_better=higher)
+  params, seeds = found["params"], len(found["validation"])
+  line = {
+    "problem": problem,
+    "method": method,
+    **{name: found[name] for name in ("strength", "tasks", "validation", "seconds")},
+    "improvement": compare(new, old).tolist(),
+    "improvement_by_task": {task: compare({task: new[task]}, {task: old[task]}).tolist() for task in new},
+    "delta_m": training.metrics.delta_m(new, old, higher_is_better=higher).tolist(),
+    "parameters": models.count_parameters(params) // seeds,
+  }
+  return line | ({"spectrum": spectrum(params["stacked"])} if "stacked" in params else {})
+
+
+def spectrum(stacked: Any) -> list[float]:
+  """Singular values of the differences between the tasks' first kernels, mean over pairs and seeds."""
+  kernels = np.asarray(stacked["hidden"]["0"]["kernel"])  # [seeds, tasks, in, out]
+  pairs = [kernels[:, i] - kernels[:, j] for i, j in itertools.combinations(range(kernels.shape[1]), 2)]
+  return np.linalg.svd(np.stack(pairs), compute_uv=False).mean((0, 1)).tolist()
 
 
 def write(directory: pathlib.Path, results: Sequence[Mapping[str, Any]], seeds: int) -> str:

@@ -43,11 +43,19 @@ class Feed(NamedTuple):
   axes: Any = None  # which axis of each array counts the seeds
 
 
+class Program(NamedTuple):
+  """What trains all repetitions of a phase at once; every leaf of its state counts them on its leading axes."""
+
+  init: Callable[..., training.TrainState]  # (keys, batch, *frozen) -> state
+  step: Any  # of `make_train_step`: (state, batch, *frozen) -> (state, metrics)
+  steps_per_call: int = 1
+
+
 class Phase(NamedTuple):
   """The end of a phase, and what it takes to run one more step of it."""
 
-  state: training.TrainState  # each leaf with an axis for the seeds
-  seconds: float | None  # of all seeds, compilation included; None if the phase was resumed
+  state: training.TrainState
+  seconds: float | None  # of all repetitions, compilation included; None if the phase was resumed
   step: Callable[[training.TrainState], training.TrainState]  # gives its argument away
   compiled: Callable[[], Any]  # the compiled program of a step
 
@@ -85,7 +93,7 @@ def train(
   """Trains a learner for each seed at once, saved and resumed under the name of the phase.
 
   Args:
-    session: of a config with `seeds` and `save_every`.
+    session: as `run` takes it.
     name: of the phase, `group, method` for the learning curves.
     learner: of one seed.
     feed: its data.
@@ -94,31 +102,64 @@ def train(
     frozen: handed to the learner, each leaf with an axis for the seeds.
     evaluate: `state -> numbers by name`, ten times during the phase.
   """
-  config = session.config
-  keys = jax.random.split(jax.random.key(0), config.seeds) if keys is None else keys
   given = () if frozen is None else (frozen,)
   axes = (0, feed.axes, *(0 for _ in given))
   seeds = training.Learner(jax.vmap(learner.init, axes), jax.vmap(learner.step, axes))
   mesh = training.make_mesh()
-  example = common.peek(feed.batches)
-  # Not jitted: its operations are compiled once for all phases, its program would be compiled for each.
-  state = jax.device_put(seeds.init(keys, example, *given), training.replicated(mesh))
-  step = training.make_train_step(seeds, mesh=mesh)
+
+  def init(*arguments):
+    # Not jitted: its operations are compiled once for all phases, its program would be compiled for each.
+    return jax.device_put(seeds.init(*arguments), training.replicated(mesh))
+
+  program = Program(init, training.make_train_step(seeds, mesh=mesh))
+  return run(session, name, program, feed.batches, num_steps, keys=keys, frozen=frozen, evaluate=evaluate)
+
+
+def run(
+  session: Session,
+  name: str,
+  program: Program,
+  batches: Any,
+  num_steps: int,
+  *,
+  keys: jax.Array | None = None,
+  frozen: PyTree = None,
+  evaluate: Callable[[training.TrainState], dict[str, Any]] | None = None,
+) -> Phase:
+  """Runs a program, saved and resumed under the name of the phase; `train` makes one for the seeds of a learner.
+
+  Args:
+    session: of a config with `seeds` and `save_every`.
+    name: as for `train`.
+    program: what to run.
+    batches: iterator, with a position if the batches depend on it.
+    num_steps: updates.
+    keys: as for `train`.
+    frozen: handed to the program.
+    evaluate: as for `train`.
+  """
+  config, chunk = session.config, program.steps_per_call
+  keys = jax.random.split(jax.random.key(0), config.seeds) if keys is None else keys
+  given = () if frozen is None else (frozen,)
+  example = common.peek(batches)
+  state = program.init(keys, example, *given)
+  interval = max(num_steps // 10 // chunk, 1) * chunk
   start = time.perf_counter()
   with training.Checkpoints(checkpoint_directory(session, name)) as checkpoints:
     resumed = bool(checkpoints.steps())
     state = training.fit(
-      lambda state, batch: step(state, batch, *given),
+      lambda state, batch: program.step(state, batch, *given),
       state,
-      feed.batches,
+      batches,
       num_steps=num_steps,
+      steps_per_call=chunk,
       phase=name,
       checkpoints=checkpoints,
       save_every=config.save_every,
       log=session.log,
-      log_every=100,
+      log_every=interval,
       evaluate=evaluate,
-      evaluate_every=max(num_steps // 10, 1),
+      evaluate_every=interval,
       stop=session.stop,
       progress=common.Progress(name, num_steps),
     )
@@ -126,8 +167,8 @@ def train(
   return Phase(
     state,
     seconds,
-    lambda state: step(state, example, *given)[0],
-    lambda: step.lower(state, example, *given).compile(),
+    lambda state: program.step(state, example, *given)[0],
+    lambda: program.step.lower(state, example, *given).compile(),
   )
 
 

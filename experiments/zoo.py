@@ -267,8 +267,9 @@ def validation(bench: Bench) -> Any:
 
 def weight_of(config: Config, name: str) -> tuple[float, str]:
   """Returns the weight of a method and where it comes from."""
-  if METHODS[name].weight is not None:
-    return METHODS[name].weight, "published"
+  published = METHODS[name].weight
+  if published is not None:
+    return published, "published"
   file = pathlib.Path(config.weights)
   tuned = json.loads(file.read_text()) if file.is_file() else {}
   found = tuned.get(config.dataset, {}).get(name)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, joint, joint_report
+from experiments import common, joint, joint_report, phases
 from experiments.balancers import BALANCERS, one_of
 from experiments.pictures import pareto_front
 from kdflax import balancing, training
@@ -23,7 +23,7 @@ TINY = joint.Config(problems=("diabetes",), diabetes=SMALL, balancers=("UPGrad",
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   programs = {}
-  build = joint.program
+  build = joint.machine
 
   def once(work, model, *, penalties=(), balancers=()):  # compile each program once for both runs
     key = (len(penalties), len(balancers), isinstance((*balancers, None)[0], balancing.Combiner))
@@ -31,10 +31,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch
       programs[key] = build(work, model, penalties=penalties, balancers=balancers)
     return programs[key]
 
-  monkeypatch.setattr(joint, "program", once)
+  monkeypatch.setattr(joint, "machine", once)
   joint.main(dataclasses.replace(TINY, run=str(whole)))
 
-  stop_after(monkeypatch, calls=3)  # in the middle of the second phase
+  stop_after(monkeypatch, calls=2)  # seen in the middle of the second phase
   with pytest.raises(Preempted, match="trace-norm soft stopped at step 10 of 20"):
     joint.main(dataclasses.replace(TINY, run=str(parts)))
   monkeypatch.setattr(common, "Progress", lambda *_: lambda *_: None)
@@ -63,7 +63,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch
 def stop_after(monkeypatch, calls):
   """Sets the stop of the run, as SIGTERM does, after so many calls of the step."""
   stops, left = [], [calls]
-  original = joint.Session
+  original = phases.Session
 
   def session(config, directory, log, stop):
     stops.append(stop)
@@ -74,7 +74,7 @@ def stop_after(monkeypatch, calls):
     if left[0] == 0:
       stops[0].set()
 
-  monkeypatch.setattr(joint, "Session", session)
+  monkeypatch.setattr(phases, "Session", session)
   monkeypatch.setattr(common, "Progress", lambda *_: progress)
 
 
