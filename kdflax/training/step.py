@@ -125,8 +125,8 @@ def learner(
         params[name], states[name] = variables
       shapes = jax.eval_shape(lambda v, x, m=model: m.apply(*v, x, train=False, key=None)[0], variables, example)
       context[name] = jax.tree.map(_zeros, shapes)
-    _check_terms_train(terms, trained=set(params))
     jax.eval_shape(lambda context: evaluate(terms, context, 0), context)  # mistakes show before anything runs
+    _check_terms_train(terms, trained=set(params))
     for name, penalty in penalties.items():
       shape = jax.eval_shape(penalty.function, params).shape
       if shape:
