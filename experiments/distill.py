@@ -61,7 +61,7 @@ class Config:
   """Numbers of labelled training images to try; all others are used without their labels."""
   methods: tuple[Method, ...] = tuple(METHODS)
   """What the student learns from, beside the hard labels."""
-  seeds: int = 6
+  seeds: int = 8
   """Paired repetitions, trained together by vmap."""
   student_hidden: tuple[int, ...] = (8,)
   """Widths of the student's hidden layers."""
