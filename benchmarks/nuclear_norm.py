@@ -3,7 +3,14 @@
 Float32. Each row is one matrix shape and spectrum: `random` (Gaussian entries) and `1e3` (singular values spaced evenly
 in logarithm down to a thousandth, where a plain Gram matrix fails). The gradient error is relative, in Frobenius norm,
 against a float64 SVD. The last rows time all pairs of 8 tasks' 512 x 128 layers as one batched call and as loops.
+
+JAX's LAPACK is SciPy's OpenBLAS, whose threads go on spinning after a call and take a core from XLA's matmuls: on two
+cores `OPENBLAS_NUM_THREADS=1` is faster, and it is set here. PyTorch has its own library, with one and two threads.
 """
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before jax loads it
 
 import argparse
 import itertools
@@ -20,7 +27,7 @@ try:
 except ModuleNotFoundError:
   torch = None
 
-SHAPES = ((2304, 512), (1024, 256), (4096, 64), (256, 256))
+SHAPES = ((2304, 512), (1024, 256), (4096, 64), (384, 256), (256, 256))
 METHODS = ("auto", "svd", "gram", "newton_schulz")
 
 

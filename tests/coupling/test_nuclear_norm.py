@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 from kdflax.coupling import nuclear_norm, singular_value_threshold
 
 METHODS = ("auto", "svd", "gram", "newton_schulz")
-DISTINCT = ("auto", "svd", "newton_schulz")  # on a CPU, where `auto` is `gram`
+DISTINCT = ("svd", "gram", "newton_schulz")
 M, N = 12, 7
 
 
@@ -127,6 +127,12 @@ def test_orthogonal_invariance_transpose_and_scale(method):
     assert error(norm(x.T), norm(x)) <= 1e-9
     assert error(norm(-3.7 * x), 3.7 * norm(x)) <= 1e-9
     assert error(value_and_grad(method)(x.T)[1], reference(x.T)[1]) <= 1e-9
+
+
+@pytest.mark.parametrize(("shape", "chosen"), [((12, 8), "gram"), ((8, 12), "gram"), ((11, 8), "svd"), ((8, 8), "svd")])
+def test_auto_goes_by_the_shape_on_a_cpu(shape, chosen):
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  np.testing.assert_array_equal(value_and_grad("auto")(x)[1], value_and_grad(chosen)(x)[1])
 
 
 def test_a_vector_has_its_l2_norm():
