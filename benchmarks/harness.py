@@ -17,7 +17,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 2):
   """Time functions in turns, so that a slow moment of the machine falls on all of them.
 
-  The first call of a turn is not timed: threads that the library before left spinning take a core from it.
+  The first call of a turn is not timed if calls are short: threads that the library before left spinning take a core
+  from it.
 
   Args:
     functions: by name; each call must block until its result is there.
@@ -27,16 +28,20 @@ def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int
   Returns:
     `{name: (median, lower quartile, upper quartile)}` in milliseconds.
   """
-  for function in functions.values():
+  short = {}
+  for name, function in functions.items():
     for _ in range(warmup):
+      start = time.perf_counter()
       function()
+      short[name] = time.perf_counter() - start < 0.2
   times: dict[str, list[float]] = {name: [] for name in functions}
   gc.collect()
   gc.disable()
   try:
     for _ in range(repeats):
       for name, function in functions.items():
-        function()
+        if short[name]:
+          function()
         start = time.perf_counter()
         function()
         times[name].append(1e3 * (time.perf_counter() - start))

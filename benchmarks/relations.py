@@ -8,7 +8,6 @@ measured with donated memories of several sizes. `--quick` only shows that the s
 import argparse
 import multiprocessing
 import pathlib
-import resource
 import time
 
 import jax
@@ -66,9 +65,15 @@ def torch_step(name, batch, width):
 def _torch_peak(name, batch, width, queue):
   step = torch_step(name, batch, width)
   torch_step(name, 4, 4)()  # what PyTorch allocates once
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  before = _peak()
   step()
-  queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+  queue.put(_peak() - before)
+
+
+def _peak():
+  """MB of memory that this process has had at most; `ru_maxrss` would start with that of the process that made it."""
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def torch_peak(name, batch, width):
@@ -96,7 +101,8 @@ def measure(name, batch, width, repeats, peers):
   functions = {"kdflax": step}
   if peers:
     functions["torchdistill"] = torch_step(name, batch, width)
-  times = {key: median for key, (median, _, _) in harness.time_interleaved(functions, repeats=repeats).items()}
+  timed = harness.time_interleaved(functions, repeats=repeats if batch <= 512 else 2, warmup=1 if batch > 512 else 2)
+  times = {key: median for key, (median, _, _) in timed.items()}
   row = {"loss": name, "batch": batch, "width": width, "kdflax (ms)": times["kdflax"], "kdflax extra (MB)": extra}
   if peers:
     peak = torch_peak(name, batch, width)
@@ -154,7 +160,7 @@ def plot(rows, path):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
   parser.add_argument("--largest-peer", type=int, default=512, help="largest batch at which the peer's angles fit")
   arguments = parser.parse_args()
@@ -167,6 +173,7 @@ def main():
   for batch in (size // 4, size // 2, size, size * 2, largest):
     row = measure("rkd_angle", batch, size, arguments.repeats, peers and batch <= arguments.largest_peer)
     sweep.append(row | {"sweep": "batch"})
+    print(row, flush=True)
   for width in (size // 4, size, size * 4):
     row = measure("rkd_angle", size // 2, width, arguments.repeats, peers)
     sweep.append(row | {"sweep": "width"})

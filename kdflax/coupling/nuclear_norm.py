@@ -305,10 +305,10 @@ def _refine(x: jax.Array, v: jax.Array, mu: jax.Array) -> _Polar:
 
   start = jnp.broadcast_to(identity, target.shape)
   c, _, size, _ = jax.lax.while_loop(unsettled, step, (start, *residual(start), 0))
-  ok = jnp.all(size <= 4 * settled)
+  inverse, remainder = _inverse(c, 2 * identity - c)
+  ok = jnp.all(jnp.maximum(size, remainder) <= 4 * settled)
 
   def solved():
-    inverse = jnp.linalg.inv(c)
     extra = jnp.diagonal(c, axis1=-2, axis2=-1) - 1
     extra_inverse = jnp.diagonal(inverse, axis1=-2, axis2=-1) - 1
     value, slope = _from_spectrum(s_squared, h, mu)
@@ -322,6 +322,32 @@ def _refine(x: jax.Array, v: jax.Array, mu: jax.Array) -> _Polar:
     return polar._replace(factor=_matmul(_matmul(polar.factor, kept_v), v.mT))
 
   return jax.lax.cond(ok, solved, iterated)
+
+
+def _inverse(matrix: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The inverse by Newton's iteration from a start, and the largest entry of what is left, `|I - matrix inverse|`.
+
+  Not by LAPACK: in jaxlib 0.10 two batched triangular solves that XLA runs side by side on two cores wait for each
+  other for ever.
+  """
+  identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+  settled = 2 * math.sqrt(matrix.shape[-1]) * float(jnp.finfo(matrix.dtype).eps)
+
+  def residual(z):
+    r = identity - _matmul(matrix, z)
+    return r, jnp.max(jnp.abs(r), (-2, -1))
+
+  def step(carry):
+    z, r, _, count = carry
+    z = z + _matmul(z, r)
+    return z, *residual(z), count + 1
+
+  def unsettled(carry):
+    _, _, size, count = carry
+    return (count < _MAX_REFINEMENTS) & jnp.any(size > settled)
+
+  z, _, size, _ = jax.lax.while_loop(unsettled, step, (start, *residual(start), 0))
+  return z, size
 
 
 def _by_newton_schulz(x: jax.Array, mu: jax.Array, floor: float | None = None) -> _Polar:
@@ -342,9 +368,11 @@ def _by_newton_schulz(x: jax.Array, mu: jax.Array, floor: float | None = None) -
   bound = jnp.where(bound > 0, bound, 1)
   alphas = _scales(float(jnp.finfo(x.dtype).eps), floor)
   (top, bottom), _ = jax.lax.scan(step, (x / bound, bottom / bound), jnp.asarray(alphas, x.dtype))
-  # tr(I - mu H^-1) = tr((I + mu H^-1)^-1 factor'factor): exact near zero, where the difference would cancel.
-  solved = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(identity + bottom), True), _matmul(top.mT, top))
-  slope = jnp.trace(solved, axis1=-2, axis2=-1)
+  # tr(I - mu H^-1) = tr((I + mu H^-1)^-1 factor'factor): exact near zero, where the difference would cancel. The
+  # eigenvalues of I + mu H^-1 lie in [1, 2]: Chebyshev's start is within 1/17.
+  shifted = identity + bottom
+  inverse, _ = _inverse(shifted, (24 * identity - 8 * shifted) / 17)
+  slope = jnp.sum(inverse * _matmul(top.mT, top), (-2, -1))
   return _Polar(jnp.sum(top * x, (-2, -1)) - mu * slope, top, -slope)
 
 
