@@ -39,7 +39,7 @@ BALANCERS: dict[str, Callable[[int, int], Made]] = {  # (number of tasks, number
   "CAGrad": _gramian(b.cagrad),
   "IMTL-G": _gramian(b.imtl_g),
   "Nash-MTL": _gramian(b.nash_mtl),
-  "FairGrad": _gramian(b.fair_grad),
+  "FairGrad": _gramian(b.fair_grad, alpha=2.0),
   "Aligned-MTL": _gramian(b.aligned_mtl),
   "UPGrad": _gramian(b.upgrad),
   "DualProj": _gramian(b.dual_projection),

@@ -13,6 +13,8 @@ from experiments import common, pictures
 from kdflax import models, training
 from kdflax.training import write_atomically
 
+SHARING = ("independent", "hard", "feature", "L2 soft", "trace-norm soft")
+
 
 def result(problem: str, method: str, found: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
   """One line of the results, JSON-able, with a number for each seed."""
@@ -49,7 +51,7 @@ def write(directory: pathlib.Path, results: Sequence[Mapping[str, Any]], seeds: 
   write_atomically(directory / "results.md", text)
   write_atomically(directory / "results.json", json.dumps(results, indent=1) + "\n")
   for problem, found in _by_problem(results).items():
-    pictures.task_trade_off(directory / f"trade_off-{problem}.png", _points(found))
+    pictures.task_trade_off(directory / f"trade_off-{problem}.png", _points(found), SHARING)
   pictures.difference_spectra(
     directory / "difference_spectra.png",
     {p: {r["method"]: r["spectrum"] for r in found if "spectrum" in r} for p, found in _by_problem(results).items()},

@@ -69,22 +69,35 @@ def confused_digits(directory: pathlib.Path, split: Mapping[str, Any], softmax: 
   plt.close(figure)
 
 
-def task_trade_off(path: pathlib.Path, points: Mapping[str, Mapping[str, float]]) -> None:
-  """Draws methods as points, a panel for each pair of tasks (higher is better), and the Pareto front among them."""
+def task_trade_off(path: pathlib.Path, points: Mapping[str, Mapping[str, float]], named: Sequence[str]) -> None:
+  """Draws methods as points, a panel for each pair of tasks (higher is better), and the Pareto front among them.
+
+  Methods far below the others are left out of the picture, and counted in its title.
+
+  Args:
+    path: of the picture.
+    points: mean score by method and task.
+    named: methods to tell apart; the first is the reference.
+  """
   pairs = list(itertools.combinations(next(iter(points.values())), 2))
   figure, panels = plt.subplots(1, len(pairs), figsize=(6 * len(pairs), 5), squeeze=False)
   for panel, (first, second) in zip(panels[0], pairs, strict=True):
     values = {method: (scores[first], scores[second]) for method, scores in points.items()}
-    front = pareto_front(values)
-    panel.scatter(*zip(*values.values(), strict=True), color="lightgray")
-    panel.step(*zip(*(values[method] for method in front), strict=True), where="post", marker="o", label="Pareto front")
-    sharing = [m for m in ("independent", "hard", "feature", "L2 soft", "trace-norm soft") if m in values]
-    for method in dict.fromkeys([*front, *sharing]):
-      panel.annotate(method, values[method], xytext=(4, 4), textcoords="offset points", fontsize=8)
-    if "independent" in values:
-      panel.axvline(values["independent"][0], color="gray", linestyle=":")
-      panel.axhline(values["independent"][1], color="gray", linestyle=":", label="independent networks")
-    panel.set(xlabel=first, ylabel=second)
+    array = np.asarray(list(values.values()))
+    low = np.median(array, axis=0) - 6 * np.subtract(*np.percentile(array, [75, 25], axis=0))
+    shown = {method: point for method, point in values.items() if np.all(point >= low)}
+    front = [method for method in pareto_front(values) if method in shown]
+    panel.step(*zip(*(values[method] for method in front), strict=True), where="post", color="k", label="Pareto front")
+    others = [point for method, point in shown.items() if method not in named]
+    if others:
+      panel.scatter(*zip(*others, strict=True), color="lightgray", label="balancers")
+    for method in (method for method in named if method in shown):
+      panel.scatter(*values[method], label=method, zorder=3)
+    if named[0] in values:
+      panel.axvline(values[named[0]][0], color="gray", linestyle=":")
+      panel.axhline(values[named[0]][1], color="gray", linestyle=":")
+    hidden = len(values) - len(shown)
+    panel.set(xlabel=first, ylabel=second, title=f"{hidden} methods below the picture" if hidden else "")
     panel.legend(fontsize=8)
   figure.tight_layout()
   save_figure(figure, path)
