@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from kdflax.coupling.nuclear_norm import nuclear_norm, singular_value_threshold
+from kdflax.losses._numerics import after
 
 Projection = Callable[[Any], Any]
 _UNFOLDINGS = ("last", "tucker", "train")
@@ -92,7 +93,8 @@ def trace_norm_coupling(
     by_shape.setdefault((leaves[0].shape, leaves[0].dtype), []).extend(differences)
   total = jnp.zeros((), jnp.float32)
   for differences in by_shape.values():
-    total = total + 2 * jnp.sum(nuclear_norm(jnp.stack(differences), smoothing=smoothing, method=method))
+    matrices = after(jnp.stack(differences), total)  # one decomposition at a time
+    total = total + 2 * jnp.sum(nuclear_norm(matrices, smoothing=smoothing, method=method))
   return total
 
 
@@ -133,7 +135,7 @@ def stacked_trace_norm(
         "least two axes."
       )
     for matrix in _unfold(jnp.asarray(leaf), unfolding):
-      total = total + nuclear_norm(matrix, smoothing=smoothing, method=method)
+      total = total + nuclear_norm(after(matrix, total), smoothing=smoothing, method=method)
   return total
 
 

@@ -22,6 +22,16 @@ def l2_normalize(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
   return safe_divide(x, safe_sqrt(jnp.sum(x * x, axis=axis, keepdims=True)))
 
 
+def after(x: jax.Array, done: jax.Array) -> jax.Array:
+  """x, known only once `done` is, which broadcasts against it: a zero that depends on `done` is added.
+
+  Batched LAPACK calls that XLA runs side by side on two cores can wait for each other for ever (jaxlib 0.10); an
+  optimization barrier is gone by the time they are scheduled.
+  """
+  done = jax.lax.stop_gradient(done).astype(x.dtype)
+  return x + jnp.where(jnp.isfinite(done), 0 * done, 0)
+
+
 def inner_products(rows: jax.Array, others: jax.Array) -> jax.Array:
   """`[b, d], [B, d] -> [b, B]` at full precision: accelerators would round the operands to bf16 by default."""
   if rows is others:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kdflax.losses._examples import as_examples, check_same, mask
-from kdflax.losses._numerics import l2_normalize, pool_to_common_size, safe_divide
+from kdflax.losses._numerics import after, l2_normalize, pool_to_common_size, safe_divide
 from kdflax.losses.features import check_maps, map_pair
 
 _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -173,7 +173,8 @@ def kdsvd(
   smallest = min(min(_positions(features).shape[1:]) for features in teacher)
   if not 1 <= k <= smallest:
     raise ValueError(f"k must be from 1 to {smallest}, the rank of the teacher's maps; got {k}")
-  first, last = (_paired_vectors(s, t, k) for s, t in zip(student, teacher, strict=True))
+  first = _paired_vectors(student[0], teacher[0], k)
+  last = _paired_vectors(student[1], teacher[1], k, done=first[0][:, :1, :1])
   # Recomputing the kernels in the backward pass keeps arrays of batch x channels x channels out of memory.
   return mask(jax.checkpoint(_kernel_distance)(first, last), where)
 
@@ -186,10 +187,12 @@ def _kernel_distance(first: tuple[jax.Array, jax.Array], last: tuple[jax.Array, 
   return jnp.square(student - teacher).sum(axis=(1, 2, 3))
 
 
-def _paired_vectors(student: jax.Array, teacher: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """Weighted singular vectors `[batch, channels, k]` of the student and the teacher, pair by pair."""
-  values, vectors = _right_singular(teacher, k)
-  _, candidates = _right_singular(student, k + 3)
+def _paired_vectors(
+  student: jax.Array, teacher: jax.Array, k: int, done: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+  """Weighted singular vectors `[batch, channels, k]` of the student and the teacher, pair by pair, after `done`."""
+  values, vectors = _right_singular(teacher, k, jnp.asarray(done))
+  _, candidates = _right_singular(student, k + 3, values[:, :1, None])
   cosines = _product("bcs,bct->bst", candidates, vectors)
   closest = jnp.argmax(jnp.abs(cosines), axis=1, keepdims=True)
   side = jnp.sign(jnp.take_along_axis(cosines, closest, axis=1))
@@ -197,9 +200,9 @@ def _paired_vectors(student: jax.Array, teacher: jax.Array, k: int) -> tuple[jax
   return weights * side * jnp.take_along_axis(candidates, closest, axis=2), weights * vectors
 
 
-def _right_singular(features: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def _right_singular(features: jax.Array, count: int, done: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The largest singular values `[batch, count]` and their vectors `[batch, channels, count]`, as far as they exist."""
-  _, values, vectors = _svd(_positions(features))
+  _, values, vectors = _svd(after(_positions(features), done))
   exist = values > _rounding(values)
   return values[:, :count], jnp.where(exist[:, None], vectors, 0)[..., :count]
 
