@@ -1,5 +1,6 @@
 """What every experiment does around its question: the command line, progress, intervals, tables, pictures."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -36,6 +37,22 @@ def run_command_line(main: Callable[[Any], None], config_type: type) -> None:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()) if "JAX" not in note)
     print(f"error: {error}{notes}", file=sys.stderr)
     sys.exit(BAD_INPUT)
+
+
+def check_numbers(config: Any, *, at_least_one: Sequence[str], positive: Sequence[str] = ()) -> None:
+  """Raises a ValueError that names the first setting of a config that is too small."""
+  for name in at_least_one:
+    if getattr(config, name) < 1:
+      raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}")
+  for name in positive:
+    if not getattr(config, name) > 0:
+      raise ValueError(f"{name} must be positive; got {getattr(config, name)}")
+
+
+def filled(config: Any, recipe: Any) -> Any:
+  """Returns a config whose settings that are None have the values of the recipe, a NamedTuple."""
+  unset = [name for name in recipe._fields if getattr(config, name, 0) is None]
+  return dataclasses.replace(config, **{name: getattr(recipe, name) for name in unset})
 
 
 def check_room(path: str | pathlib.Path) -> None:

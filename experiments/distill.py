@@ -106,12 +106,8 @@ class Config:
       steps = {"student_steps": 60, "teacher_steps": 60, "save_every": 30}
       run = "runs/distill-smoke" if self.run == Config.run else self.run
       config = dataclasses.replace(self, run=run, **small, **steps)
-    for name in ("seeds", "student_steps", "teacher_steps", "batch_size", "save_every"):
-      if getattr(config, name) < 1:
-        raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}")
-    for name in ("temperature", "learning_rate"):
-      if not getattr(config, name) > 0:
-        raise ValueError(f"{name} must be positive; got {getattr(config, name)}")
+    counts = ("seeds", "student_steps", "teacher_steps", "batch_size", "save_every")
+    common.check_numbers(config, at_least_one=counts, positive=("temperature", "learning_rate"))
     weights = dataclasses.asdict(config.weights)
     if any(not weight >= 0 for weight in weights.values()) or not any(weights.values()):
       raise ValueError(f"weights must be at least 0 and not all 0; got {weights}")

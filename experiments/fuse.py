@@ -1,6 +1,7 @@
-"""Fuses joint learning and distillation: one small student for two tasks, from teachers of both, on overlaid digits.
+"""Fuses joint learning and distillation: one small student for two tasks, from teachers of both.
 
-Two digits overlap in each image; to read the left one and to read the right one are two tasks. A student learns
+On overlaid digits, two digits overlap in each image; to read the left one and to read the right one are two tasks. On
+CIFAR-100 the tasks are its 100 fine and its 20 coarse classes. A student learns
 
 - independent: a network of its own for each task, and no teacher;
 - independent, taught: the same, each network with the soft targets of a teacher of its task;
@@ -10,16 +11,19 @@ Two digits overlap in each image; to read the left one and to read the right one
 - composite: as the last, with the teachers' embeddings through an adapter for each task (feature) and their distances
   (relational) as well. Hard, soft, feature and relational terms of a task are a row; the rows are added, or balanced.
 
-The setting is chosen so that there is something to transfer: teachers are wide and learn from all 2000 labels, students
-are narrow and see 200 of the labels, and the other images without them. It answers whether a student that must be small
-and has few labels gains from teachers that had many; it says nothing about students with all labels.
+The setting is chosen so that there is something to transfer: teachers are wide and learn from all labels, students are
+narrow and see a tenth (digits) or a fifth (CIFAR-100) of the labels, and the other images without them. It answers
+whether a student that must be small and has few labels gains from teachers that had many; it says nothing about
+students with all labels.
 
 Every seed has teachers, a choice of labels and an order of batches of its own, shared by the methods, so that
-differences are paired. Weights of the terms are 1, not tuned. The test split is looked at once, at the end.
+differences are paired. Weights of the terms are 1, not tuned. The test split is looked at once, at the end. What the
+teachers say is recorded once, about the images as they are, so images are not augmented.
 
     python -m experiments.fuse                       a few minutes on two CPU cores; results in runs/fuse
     python -m experiments.fuse --smoke               half a minute, for a look
     python -m experiments.fuse --balancers UPGrad    other balancers
+    python -m experiments.fuse --cifar DIR --pair resnet56 resnet20
 
 Killed at any moment, the same command continues it and ends with the same bits.
 """
@@ -27,7 +31,7 @@ Killed at any moment, the same command continues it and ends with the same bits.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,15 +41,32 @@ import optax
 
 from experiments import common, phases, pictures
 from experiments.balancers import BALANCERS, NEED_THREE_TASKS
+from experiments.networks import embedding_width, network
 from kdflax import data, losses, models, teachers, training
 from kdflax.objectives import Term
 from kdflax.training import metrics
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
-TASKS = ("left", "right")
-CLASSES = 10
+FOR_TWO_TASKS = tuple(name for name in BALANCERS if name not in NEED_THREE_TASKS)
 BASES = ("independent", "joint", "composite")  # what the others are compared with
+
+
+class Recipe(NamedTuple):
+  """What a data set asks for."""
+
+  tasks: Mapping[str, int]  # number of classes
+  pair: tuple[str, str]  # encoders of a teacher and of a student
+  labels: int
+  teacher_steps: int
+  student_steps: int
+  learning_rate: float
+
+
+RECIPES = {
+  "overlaid_digits": Recipe({"left": 10, "right": 10}, ("mlp-256", "mlp-16"), 200, 2000, 3000, 3e-3),
+  "cifar100": Recipe({"fine": 100, "coarse": 20}, ("resnet56", "resnet20"), 10_000, 80_000, 80_000, 1e-3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,26 +106,29 @@ class Config:
 
   run: str = "runs/fuse"
   """Run directory: made, or continued if it holds a run with the same settings."""
-  labels: int = 200
+  cifar: str = ""
+  """Folder with train.bin and test.bin of CIFAR-100; overlaid digits without it."""
+  pair: tuple[str, str] | None = None
+  """Encoders of teacher and student: names such as mlp-256, convnet-16-32 or resnet20; by default, as for the next
+  four, those of the data set."""
+  labels: int | None = None
   """Training images whose labels the students see; all others are used without them."""
+  teacher_steps: int | None = None
+  """Updates of a teacher."""
+  student_steps: int | None = None
+  """Updates of a student."""
+  learning_rate: float | None = None
+  """Peak of the cosine schedule of Adam."""
+  held_out: int = 0
+  """Training images of CIFAR-100 to keep for validation, which only the learning curves need."""
   methods: tuple[str, ...] = tuple(METHODS)
   """Methods to compare; differences are to those of independent, joint and composite that are among them."""
-  balancers: tuple[str, ...] = ("uncertainty", "DWA", "PCGrad", "CAGrad", "UPGrad", "Aligned-MTL")
+  balancers: tuple[str, ...] = FOR_TWO_TASKS
   """Balancers of the two tasks of the composite objective; without one, its rows are added."""
   seeds: int = 8
   """Paired repetitions, trained together by vmap."""
-  student_hidden: tuple[int, ...] = (16,)
-  """Widths of a student's encoder."""
-  teacher_hidden: tuple[int, ...] = (256,)
-  """Widths of a teacher's encoder."""
-  student_steps: int = 3000
-  """Updates of a student."""
-  teacher_steps: int = 2000
-  """Updates of a teacher."""
   batch_size: int = 64
   """Labelled images in a batch, and as many images for the teachers' knowledge."""
-  learning_rate: float = 3e-3
-  """Peak of the cosine schedule of Adam."""
   temperature: float = 4.0
   """Temperature of the soft targets."""
   weights: Weights = Weights()
@@ -115,6 +139,16 @@ class Config:
   """Continue a run although its settings differ."""
   smoke: bool = False
   """A short run: two seeds, few steps, one balancer."""
+
+  @property
+  def dataset(self) -> str:
+    """The data set that the settings ask for."""
+    return "cifar100" if self.cifar else "overlaid_digits"
+
+  @property
+  def tasks(self) -> Mapping[str, int]:
+    """Number of classes by task."""
+    return RECIPES[self.dataset].tasks
 
   def checked(self) -> "Config":
     """Returns the settings that will be used.
@@ -128,20 +162,20 @@ class Config:
       small: Any = {"methods": ("joint", "composite")}
       small |= {"balancers": ("UPGrad",), "seeds": 2, "student_steps": 40, "teacher_steps": 40, "save_every": 20}
       config = dataclasses.replace(self, run=run, **small)
-    for name in ("seeds", "student_steps", "teacher_steps", "batch_size", "save_every"):
-      if getattr(config, name) < 1:
-        raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}")
-    for name in ("temperature", "learning_rate"):
-      if not getattr(config, name) > 0:
-        raise ValueError(f"{name} must be positive; got {getattr(config, name)}")
+    config = common.filled(config, RECIPES[config.dataset])
+    counts = ("labels", "seeds", "student_steps", "teacher_steps", "batch_size", "save_every")
+    common.check_numbers(config, at_least_one=counts, positive=("temperature", "learning_rate"))
+    for name in config.pair:
+      network(name, None)
+    if config.held_out and not config.cifar:
+      raise ValueError(f"held_out={config.held_out} is for cifar; digits have a validation split of their own")
     weights = dataclasses.asdict(config.weights)
     if any(not weight >= 0 for weight in weights.values()):
       raise ValueError(f"weights must be at least 0; got {weights}")
     if not config.methods or set(config.methods) - set(METHODS):
       raise ValueError(f"methods must be of {list(METHODS)}; got {list(config.methods)}")
-    known = [name for name in BALANCERS if name not in NEED_THREE_TASKS]
-    if unknown := [name for name in config.balancers if name not in known]:
-      raise ValueError(f"unknown balancers {unknown}; for two tasks there are {', '.join(known)}")
+    if unknown := [name for name in config.balancers if name not in FOR_TWO_TASKS]:
+      raise ValueError(f"unknown balancers {unknown}; for two tasks there are {', '.join(FOR_TWO_TASKS)}")
     if config.batch_size > config.labels:
       raise ValueError(f"batch_size={config.batch_size} is larger than the labelled data: {config.labels} images")
     return config
@@ -155,7 +189,7 @@ class Config:
 def main(config: Config) -> None:
   """Runs the experiment, or what is left of it."""
   config = config.checked()
-  splits = data.load("overlaid_digits")
+  splits = load(config)
   with phases.session(config) as session:
     kinds = sorted({method.teacher for method in config.compared().values() if method.teacher})
     for kind in kinds:
@@ -165,13 +199,37 @@ def main(config: Config) -> None:
     report(session, splits, students)
 
 
-def multi_task(hidden: tuple[int, ...], *, shared: bool) -> models.Model:
-  """A network of two tasks: one encoder for both, or one for each."""
-  heads = {task: models.task_head(CLASSES) for task in TASKS}
-  return (models.hard_sharing if shared else models.soft_sharing)(models.mlp(hidden, None), heads)
+def load(config: Any) -> dict[str, Any]:
+  """The splits, each with `image`, `label` by task and `index`.
+
+  Raises:
+    ValueError: if there are fewer training images than the labels that students may see, or fewer labels than classes.
+  """
+  splits = (
+    data.load("overlaid_digits")
+    if not config.cifar
+    else data.load("cifar100", path=config.cifar, validation=config.held_out)
+  )
+  if config.cifar:
+    splits = {
+      name: {
+        "image": split["image"],
+        "label": {"fine": split["label"], "coarse": split["coarse_label"]},
+        "index": split["index"],
+      }
+      for name, split in splits.items()
+    }
+  data.with_label_budget(splits["train"], config.labels, seed=0, task=next(iter(config.tasks)))
+  return splits
 
 
-def optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
+def multi_task(config: Config, encoder: str, *, shared: bool) -> models.Model:
+  """A network for all tasks: one encoder for all, or one for each."""
+  heads = {task: models.task_head(classes) for task, classes in config.tasks.items()}
+  return (models.hard_sharing if shared else models.soft_sharing)(network(encoder, None), heads)
+
+
+def optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
   """Adam along a cosine; no clipping, which would couple networks that are independent."""
   return optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps))
 
@@ -179,18 +237,19 @@ def optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
 def train_teacher(session: phases.Session, splits: Any, kind: str) -> None:
   """Trains the teachers of each seed, one of both tasks or one for each, and records them on the training images."""
   config, arrays = session.config, splits["train"]
-  teacher = multi_task(config.teacher_hidden, shared=kind == "joint")
+  teacher = multi_task(config, config.pair[0], shared=kind == "joint")
   terms = {
-    task: Term(cross_entropy, {"logits": f"network.logits.{task}", "labels": f"batch.label.{task}"}) for task in TASKS
+    task: Term(cross_entropy, {"logits": f"network.logits.{task}", "labels": f"batch.label.{task}"})
+    for task in config.tasks
   }
   sample = functools.partial(phases.draw, size=config.batch_size)
   feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
   learner = training.learner({"network": teacher}, terms, optimizer(config, config.teacher_steps), sample=sample)
   phase = phases.train(session, f"teachers, {kind}", learner, feed, config.teacher_steps)
   variables = phases.variables_of(phase.state, "network")
-  said = phases.outputs(teacher, variables, arrays)
-  said = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), {name: said[name] for name in ("logits", "embedding")})
-  source = {"model": f"{kind}, mlp {config.teacher_hidden}", "variables": training.digest(variables)}
+  said = phases.outputs(teacher, variables, arrays, names=("logits", "embedding"))
+  said = jax.tree.map(lambda x: np.moveaxis(x, 0, 1), said)
+  source = {"model": f"{kind}, {config.pair[0]}", "variables": training.digest(variables)}
   teachers.record(session.directory / "teachers" / kind, said, arrays["index"], source=source)
 
 
@@ -198,21 +257,20 @@ def student_feed(session: phases.Session, images: Any, kinds: Sequence[str]) -> 
   """Batches of labelled images and as many of all images, with what the teachers said about both."""
   config = session.config
   said = {kind: teachers.read_record(session.directory / "teachers" / kind, images["index"]) for kind in kinds}
-  labelled = [
-    data.with_label_budget(images, config.labels, seed=s, task="left")["labelled"] for s in range(config.seeds)
-  ]
+  task = next(iter(config.tasks))
+  labelled = [data.with_label_budget(images, config.labels, seed=s, task=task)["labelled"] for s in range(config.seeds)]
   arrays = {"images": images | {"teacher": said}, "labelled": np.stack([np.flatnonzero(rows) for rows in labelled])}
   axes = {"images": {name: None for name in images} | {"teacher": 1}, "labelled": 0}
   sample = functools.partial(phases.draw_mixed, size=config.batch_size)
   return phases.Feed(itertools.repeat(phases.on_device(arrays)), sample, axes)
 
 
-def objective(config: Config, method: Method) -> tuple[dict[str, models.Model], dict[str, Term]]:
+def objective(config: Any, method: Method) -> tuple[dict[str, models.Model], dict[str, Term]]:
   """Returns the models and Terms of a method; a Term is named `<kind>/<task>`."""
-  student = multi_task(config.student_hidden, shared=method.shared)
-  network = {"student": student, "teacher": teachers.recorded()}
+  student = multi_task(config, config.pair[1], shared=method.shared)
+  found = {"student": student, "teacher": teachers.recorded()}
   terms: dict[str, Term] = {}
-  for task in TASKS:
+  for task in config.tasks:
     logits, teacher = f"student.logits.{task}", f"teacher.{method.teacher}"
     pair = {"student": f"adapter_{task}.output", "teacher": f"{teacher}.embedding.{task}"}
     soft = {"student_logits": logits, "teacher_logits": f"{teacher}.logits.{task}", "temperature": config.temperature}
@@ -225,8 +283,8 @@ def objective(config: Config, method: Method) -> tuple[dict[str, models.Model], 
     }
     terms |= {f"{name}/{task}": possible[name] for name in ("hard", *method.terms)}
     if "feature" in method.terms:
-      network[f"adapter_{task}"] = models.linear_connector("student.embedding", config.teacher_hidden[-1])
-  return network, terms
+      found[f"adapter_{task}"] = models.linear_connector("student.embedding", embedding_width(config.pair[0]))
+  return found, terms
 
 
 class Student(NamedTuple):
@@ -239,22 +297,30 @@ class Student(NamedTuple):
 def train_student(session: phases.Session, splits: Any, feed: phases.Feed, name: str, method: Method) -> Student:
   """Trains the student of a method, one for each seed."""
   config = session.config
-  network, terms = objective(config, method)
+  found, terms = objective(config, method)
   balanced: dict[str, Any] = {}
   if method.balancer is not None:
-    rows = {task: [term for term in terms if term.endswith(f"/{task}")] for task in TASKS}
+    rows = {task: [term for term in terms if term.endswith(f"/{task}")] for task in config.tasks}
     balancer = BALANCERS[method.balancer](len(rows), config.student_steps)
     balanced = {"balancer": balancer, "rows": rows, "shared": "student/shared/"}
-  learner = training.learner(network, terms, optimizer(config, config.student_steps), sample=feed.sample, **balanced)
-  right = {task: phases.accuracy_of(f"model.logits.{task}", f"batch.label.{task}") for task in TASKS}
-  validate = phases.tester(network["student"], splits["validation"], right)
+  learner = training.learner(found, terms, optimizer(config, config.student_steps), sample=feed.sample, **balanced)
+  evaluate = validation(config, found["student"], splits)
+  phase = phases.train(session, f"students, {name}", learner, feed, config.student_steps, evaluate=evaluate)
+  return Student(found["student"], phases.variables_of(phase.state, "student"))
+
+
+def validation(config: Config, student: models.Model, splits: Any) -> Any:
+  """What a phase evaluates on the way: nothing without a validation split."""
+  if "validation" not in splits:
+    return None
+  right = {task: phases.accuracy_of(f"model.logits.{task}", f"batch.label.{task}") for task in config.tasks}
+  validate = phases.tester(student, splits["validation"], right)
 
   def evaluate(state: training.TrainState) -> dict[str, Any]:
     accuracy = validate(phases.variables_of(state, "student"))
     return {"validation/accuracy": np.mean(list(accuracy.values()), axis=0).tolist()}
 
-  phase = phases.train(session, f"students, {name}", learner, feed, config.student_steps, evaluate=evaluate)
-  return Student(network["student"], phases.variables_of(phase.state, "student"))
+  return evaluate
 
 
 def report(session: phases.Session, splits: Any, students: dict[str, Student]) -> None:
@@ -274,21 +340,24 @@ def report(session: phases.Session, splits: Any, students: dict[str, Student]) -
     differing = [difference(name, base, results) for name, base in compared]
     title = f"Which differences are beyond noise (the 95% interval of the paired difference excludes 0): {note}"
     print(common.write_table(session.directory, "differences", title, differing, differing))
-  pictures.by_task(session.directory, results, TASKS)
-  pictures.learning_curves(session.directory, "validation/accuracy")
+  pictures.by_task(session.directory, results, tuple(config.tasks))
+  if "validation" in splits:
+    pictures.learning_curves(session.directory, "validation/accuracy")
 
 
 def meaningful(name: str, base: str) -> bool:
   """Whether a difference answers a question: what sharing, a teacher, or balancing is worth."""
-  return name != base and (name.startswith(f"{base} ") if base == "composite" else name != "independent")
+  if base == "composite" or name.startswith("composite "):
+    return name.startswith(f"{base} ")
+  return name not in (base, "independent")
 
 
 def result(session: phases.Session, name: str, student: Student, split: Any) -> dict[str, Any]:
   """What is known of a method, with a number for each seed."""
-  seeds = session.config.seeds
-  logits = phases.outputs(student.model, student.variables, split)["logits"]
+  seeds, tasks = session.config.seeds, session.config.tasks
+  logits = phases.outputs(student.model, student.variables, split, names=("logits",))["logits"]
   found: dict[str, Any] = {"accuracy": {}, "nll": {}, "ece": {}}
-  for task in TASKS:
+  for task in tasks:
     labels = split["label"][task]
     found["accuracy"][task] = (logits[task].argmax(-1) == labels).mean(-1).tolist()
     every = jnp.broadcast_to(labels, logits[task].shape[:-1])
@@ -312,7 +381,7 @@ def row(name: str, result: dict[str, Any]) -> dict[str, Any]:
   """One line of the table of methods."""
   return {
     "method": name,
-    **{f"{task} accuracy (%)": common.plus_minus(result["accuracy"][task]) for task in TASKS},
+    **{f"{task} accuracy (%)": common.plus_minus(result["accuracy"][task]) for task in result["accuracy"]},
     "NLL": common.plus_minus(over_tasks(result["nll"]), scale=1, digits=3),
     "ECE (%)": common.plus_minus(over_tasks(result["ece"])),
     "parameters": result["parameters"],
@@ -324,7 +393,7 @@ def row(name: str, result: dict[str, Any]) -> dict[str, Any]:
 def difference(name: str, base: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
   """One line of the table of differences."""
   line = {"method": name, "against": base}
-  for task in TASKS:
+  for task in results[name]["accuracy"]:
     gain = np.subtract(results[name]["accuracy"][task], results[base]["accuracy"][task])
     line |= {f"{task} (points)": common.plus_minus(gain, sign="+"), f"{task} beyond noise": common.beyond_noise(gain)}
   for metric, scale, digits in (("nll", 1, 3), ("ece", 100, 1)):

@@ -10,7 +10,7 @@ import json
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -223,9 +223,27 @@ def tester(
   return test
 
 
-def outputs(model: models.Model, variables: Any, split: Any, *, batch_size: int = 512) -> Any:
-  """Returns what a model of every seed says about a split in evaluation mode: NumPy arrays `[seeds, examples, ...]`."""
-  apply = jax.jit(jax.vmap(lambda v, batch: model.apply(*v, batch, train=False, key=None)[0], (0, None)))
+def outputs(
+  model: models.Model, variables: Any, split: Any, *, names: Sequence[str], batch_size: int = 512
+) -> dict[str, Any]:
+  """Returns what a model of every seed says about a split in evaluation mode.
+
+  Args:
+    model: any.
+    variables: (params, state), each leaf with an axis for the seeds.
+    split: arrays `[examples, ...]`.
+    names: which of the outputs; feature maps of many images are large.
+    batch_size: examples at a time.
+
+  Returns:
+    NumPy arrays `[seeds, examples, ...]` by name.
+  """
+
+  def said(variables, batch):
+    found, _ = model.apply(*variables, batch, train=False, key=None)
+    return {name: found[name] for name in names}
+
+  apply = jax.jit(jax.vmap(said, (0, None)))
   parts, total = [], data.num_examples(split)
   for batch in data.padded_batches(split, min(batch_size, total)):
     where = np.asarray(batch.pop("where"))
@@ -254,9 +272,11 @@ def draw_mixed(arrays: Any, key: jax.Array, step: jax.Array, size: int) -> Any:
     step: training step.
     size: images of each kind.
   """
-  labelled = data.gather(arrays["images"], arrays["labelled"])
-  first = draw(labelled, training.named_key(key, "labelled"), step, size)
-  return data.mix(first, draw(arrays["images"], training.named_key(key, "all"), step, size))
+  images, labelled = arrays["images"], arrays["labelled"]
+  chosen = data.batch_indices(
+    training.named_key(key, "labelled"), step, num_examples=labelled.shape[0], batch_size=size
+  )
+  return data.mix(data.gather(images, labelled[chosen]), draw(images, training.named_key(key, "all"), step, size))
 
 
 class Cost(NamedTuple):

@@ -34,12 +34,10 @@ from experiments.zoo_methods import METHODS, Method, Network, Pair, Terms
 from experiments.zoo_pairs import (
   PUBLISHED,
   RECIPES,
-  Recipe,
   classifier,
   draw_augmented,
   load,
   margins,
-  network,
   pair_of,
   published,
 )
@@ -118,24 +116,19 @@ class Config:
       run = "runs/zoo-smoke" if self.run == Config.run else self.run
       small = {"methods": ("kl_soft_targets", "hint"), "seeds": 2, "teacher_steps": 60, "student_steps": 30}
       config = dataclasses.replace(self, run=run, **small)
-    recipe = RECIPES[config.dataset]
-    unset = [name for name in Recipe._fields if getattr(config, name, 0) is None]
-    config = dataclasses.replace(config, **{name: getattr(recipe, name) for name in unset})
+    config = common.filled(config, RECIPES[config.dataset])
     unknown = set(config.methods) - set(METHODS)
     if unknown:
       raise ValueError(f"methods has no {sorted(unknown)}; there are {', '.join(METHODS)}")
     config = dataclasses.replace(config, methods=tuple(name for name in METHODS if name in (config.methods or METHODS)))
-    for name in ("seeds", "tune_seeds", "teacher_steps", "student_steps", "batch_size", "save_every"):
-      if getattr(config, name) < 1:
-        raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}")
-    if not config.learning_rate > 0:  # pyright: ignore[reportOptionalOperand] (set above)
-      raise ValueError(f"learning_rate must be positive; got {config.learning_rate}")
+    counts = ("seeds", "tune_seeds", "teacher_steps", "student_steps", "batch_size", "save_every")
+    common.check_numbers(config, at_least_one=counts, positive=("learning_rate",))
     if config.tune and config.cifar and not config.held_out:
       raise ValueError("tune needs a validation split: set held_out, for instance to 5000")
     if config.held_out and not config.cifar:
       raise ValueError(f"held_out={config.held_out} is for cifar; digits have a validation split of their own")
     for name in config.pair or ():
-      network(name, 10)
+      classifier(name, 10)
     return config
 
 

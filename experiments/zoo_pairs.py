@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import phases
+from experiments.networks import network
 from experiments.zoo_methods import Pair
 from kdflax import data, losses, models, training
 
@@ -66,42 +67,22 @@ def load(cifar: str, held_out: int) -> dict[str, Any]:
   return {name: split | {"row": np.arange(len(split["label"]), dtype=np.int32)} for name, split in kept.items()}
 
 
-def network(name: str, num_classes: int) -> models.Model:
-  """Makes a network from its name: `resnet20`, or `convnet-16-32` with the channels of its stages.
+def classifier(name: str, num_classes: int) -> models.Model:
+  """A network by its name that also returns `class_maps`, its head at each position.
 
   Raises:
-    ValueError: if there is no such network.
+    ValueError: if there is no such network, or it has fewer than two stages of maps.
   """
-  kind, *widths = name.split("-")
-  if kind == "convnet" and len(widths) > 1 and all(width.isdigit() for width in widths):
-    return models.convnet([int(width) for width in widths], num_classes)
-  if name not in models.RESNETS:
-    raise ValueError(
-      f"no network {name!r}: name a convnet with its stages, as convnet-16-32, or {', '.join(models.RESNETS)}"
-    )
-  return models.resnet(name, num_classes)
-
-
-def classifier(name: str, num_classes: int) -> models.Model:
-  """A network for images of bytes or floats that also returns `class_maps`, its head at each position."""
   inner = network(name, num_classes)
-
-  def prepare(batch):
-    return batch | {"image": _standardized_bytes(batch["image"])}
+  if name.startswith("mlp") or (name.startswith("convnet") and name.count("-") < 2):
+    raise ValueError(f"{name} has fewer than two stages of feature maps, which the methods compare")
 
   def apply(params, state, batch, *, train, key=None):
-    outputs, state = inner.apply(params, state, prepare(batch), train=train, key=key)
+    outputs, state = inner.apply(params, state, batch, train=train, key=key)
     last = max(stage for stage in outputs["features"] if stage.startswith("stage") and not stage.endswith("_pre"))
     return outputs | {"class_maps": outputs["features"][last] @ params["head"]["kernel"]}, state
 
-  return models.Model(lambda key, batch: inner.init(key, prepare(batch)), apply)
-
-
-def _standardized_bytes(image: jax.Array) -> jax.Array:
-  if image.dtype != jnp.uint8:
-    return image
-  mean, deviation = jnp.asarray([0.5071, 0.4867, 0.4408]), jnp.asarray([0.2675, 0.2565, 0.2761])  # of CIFAR-100
-  return (image / jnp.float32(255) - mean) / deviation
+  return models.Model(inner.init, apply)
 
 
 def draw_augmented(arrays: Any, key: jax.Array, step: jax.Array, *, size: int, shift: int, flip: bool) -> Any:

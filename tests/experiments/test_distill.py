@@ -6,7 +6,6 @@ import os
 import random
 import signal
 
-import jax
 import pytest
 
 from benchmarks import kill_points
@@ -26,19 +25,11 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_cache(tmp_path_factory):
-  """One for all runs of this module, in this process and in others; the user's own is left alone."""
-  before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compile_cache")))
-    yield
-  jax.config.update("jax_compilation_cache_dir", before[0])
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, compile_cache):
   run = tmp_path_factory.mktemp("runs") / "tiny"
   distill.main(distill.Config(run=str(run), **TINY))
   return run

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, joint, joint_report, phases
+from experiments import joint, joint_report
 from experiments.balancers import BALANCERS, one_of
 from experiments.pictures import pareto_front
 from kdflax import balancing, training
@@ -20,7 +20,7 @@ TINY = joint.Config(problems=("diabetes",), diabetes=SMALL, balancers=("UPGrad",
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("joint")
-def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch, stop_after):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   programs = {}
   build = joint.machine
@@ -34,10 +34,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch
   monkeypatch.setattr(joint, "machine", once)
   joint.main(dataclasses.replace(TINY, run=str(whole)))
 
-  stop_after(monkeypatch, calls=2)  # seen in the middle of the second phase
+  stop_after(2)  # seen in the middle of the second phase
   with pytest.raises(Preempted, match="trace-norm soft stopped at step 10 of 20"):
     joint.main(dataclasses.replace(TINY, run=str(parts)))
-  monkeypatch.setattr(common, "Progress", lambda *_: lambda *_: None)
+  stop_after(None)
   joint.main(dataclasses.replace(TINY, run=str(parts)))
 
   first, second = (json.loads((path / "results.json").read_text()) for path in (whole, parts))
@@ -58,24 +58,6 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch
     assert (whole / name).stat().st_size > 0
   with pytest.raises(training.RunDirectoryError, match="seeds"):
     joint.main(dataclasses.replace(TINY, run=str(whole), seeds=3))
-
-
-def stop_after(monkeypatch, calls):
-  """Sets the stop of the run, as SIGTERM does, after so many calls of the step."""
-  stops, left = [], [calls]
-  original = phases.Session
-
-  def session(config, directory, log, stop):
-    stops.append(stop)
-    return original(config, directory, log, stop)
-
-  def progress(*_):
-    left[0] -= 1
-    if left[0] == 0:
-      stops[0].set()
-
-  monkeypatch.setattr(phases, "Session", session)
-  monkeypatch.setattr(common, "Progress", lambda *_: progress)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""The fusion experiment: whole, stopped and resumed, on CIFAR-100 in small, and its mistakes."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import fuse
+from kdflax import models
+from kdflax.training import Preempted
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+TINY = fuse.Config(
+  pair=("mlp-8", "mlp-4"),
+  labels=20,
+  methods=("joint", "composite"),
+  balancers=("UPGrad",),
+  seeds=2,
+  teacher_steps=4,
+  student_steps=4,
+  batch_size=16,
+  save_every=2,
+)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, stop_after):
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  stop_after(None)
+  fuse.main(dataclasses.replace(TINY, run=str(whole)))
+  stop_after(10)
+  with pytest.raises(Preempted, match="students, composite stopped at step 3 of 4"):
+    fuse.main(dataclasses.replace(TINY, run=str(parts)))
+  stop_after(None)
+  fuse.main(dataclasses.replace(TINY, run=str(parts)))
+
+  assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
+  first, second = (json.loads((path / "results.json").read_text()) for path in (whole, parts))
+  for result in (*first.values(), *second.values()):
+    del result["microseconds"]
+  assert first == second
+  assert list(first) == ["joint", "composite", "composite UPGrad"]
+  differences = json.loads((whole / "differences.json").read_text())
+  assert [(line["method"], line["against"]) for line in differences] == [
+    ("composite", "joint"),
+    ("composite UPGrad", "composite"),
+  ]
+  for name in ("results.md", "differences.md", "accuracy.png", "learning_curves.png"):
+    assert (whole / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_cifar_100_has_fine_and_coarse_classes_as_tasks(tmp_path, cifar100):
+  small = {"cifar": str(cifar100), "pair": ("resnet8", "resnet8"), "held_out": 8, "methods": ("multi-task teacher",)}
+  small |= {"balancers": (), "teacher_steps": 1, "student_steps": 1, "save_every": 1}
+  fuse.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), **small))
+  results = json.loads((tmp_path / "run" / "results.json").read_text())["multi-task teacher"]
+  assert results["accuracy"].keys() == {"fine", "coarse"}
+  image = {"image": jnp.zeros((1, 32, 32, 3))}
+  encoder, _ = models.resnet("resnet8", None).init(jax.random.key(0), image)
+  assert results["parameters"] == models.count_parameters(encoder) + (100 + 20) * (64 + 1)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"methods": ("jointly",)}, "methods must be of .*independent taught.*; got .'jointly'"),
+    ({"balancers": ("Krum",)}, r"unknown balancers \['Krum'\]; for two tasks there are random weights"),
+    ({"pair": ("mlp-8", "vgg16")}, "no network 'vgg16': name mlp-256"),
+    ({"temperature": 0.0}, "temperature must be positive; got 0.0"),
+    ({"labels": 8}, "batch_size=16 is larger than the labelled data: 8 images"),
+    ({"weights": fuse.Weights(soft=-1.0)}, "weights must be at least 0"),
+    ({"held_out": 5}, "held_out=5 is for cifar"),
+  ],
+)
+def test_settings_that_make_no_sense_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(TINY, **changes).checked()
+
+
+def test_more_labels_than_images_are_refused_before_anything_is_written(tmp_path):
+  with pytest.raises(ValueError, match=r"num_labelled=5000 must be between 10 .* and 2000"):
+    fuse.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), labels=5000))
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_all_balancers_that_work_for_two_tasks_are_compared_with_the_plain_sum():
+  compared = fuse.Config().checked().compared()
+  balanced = [name for name, method in compared.items() if method.balancer]
+  assert len(balanced) == len(fuse.BALANCERS) - 2
+  assert all(fuse.meaningful(name, "composite") and not fuse.meaningful(name, "joint") for name in balanced)
+  assert fuse.meaningful("composite", "joint") and not fuse.meaningful("joint", "joint")

@@ -1,0 +1,137 @@
+"""The zoo: whole, stopped and resumed, tuned, on CIFAR-100 in small, and its mistakes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import zoo, zoo_methods, zoo_pairs
+from kdflax import losses
+from kdflax.training import Preempted
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
+TINY = zoo.Config(
+  pair=("convnet-4-6", "convnet-2-3"),
+  methods=("kl_soft_targets", "crd"),
+  seeds=2,
+  teacher_steps=4,
+  student_steps=4,
+  batch_size=16,
+  save_every=2,
+)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, stop_after):
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  stop_after(None)
+  zoo.main(dataclasses.replace(TINY, run=str(whole)))
+  stop_after(10)  # in the memory of CRD as well
+  with pytest.raises(Preempted, match="students, crd stopped at step 3 of 4"):
+    zoo.main(dataclasses.replace(TINY, run=str(parts)))
+  stop_after(None)
+  zoo.main(dataclasses.replace(TINY, run=str(parts)))
+
+  assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
+  first, second = (json.loads((path / "results.json").read_text()) for path in (whole, parts))
+  for document in (first, second):
+    for student in document["students"]:
+      del student["milliseconds"]
+  assert first == second
+  by_name = {student["method"]: student for student in first["students"]}
+  assert by_name.keys() == {"baseline", "kl_soft_targets", "crd"}
+  means = [np.mean(student["accuracy"]) for student in first["students"]]
+  assert means == sorted(means, reverse=True)
+  gain = np.subtract(by_name["crd"]["accuracy"], by_name["baseline"]["accuracy"])
+  np.testing.assert_allclose(by_name["crd"]["difference"], gain)
+  assert by_name["kl_soft_targets"]["extra parameters"] == 0 < by_name["crd"]["extra parameters"]
+  for name in ("results.md", "ranking.png", "learning_curves.png"):
+    assert (whole / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_same_command_runs_on_files_of_cifar_100(tmp_path, cifar100):
+  small = {"cifar": str(cifar100), "pair": ("resnet8", "resnet8"), "teacher_steps": 1, "student_steps": 1}
+  small |= {"methods": ("kl_soft_targets",), "seeds": 1, "batch_size": 4, "save_every": 1}
+  zoo.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), **small))
+  assert "resnet8 to resnet8 on cifar100" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_published_numbers_are_those_of_the_pair():
+  numbers = zoo_pairs.published(("resnet32x4", "resnet8x4"))
+  assert (numbers["baseline"], numbers["kl_soft_targets"], numbers["dkd"]) == (72.50, 73.33, 76.32)
+  assert zoo_pairs.published(("resnet8", "resnet8")) == {}
+
+
+@pytest.mark.slow
+def test_tuning_keeps_the_best_weight_of_the_validation_split(tmp_path):
+  weights = tmp_path / "weights.json"
+  config = dataclasses.replace(TINY, run=str(tmp_path / "run"), methods=("reverse_kl", "crd"), weights=str(weights))
+  zoo.main(dataclasses.replace(config, tune=True, tune_seeds=1))
+  tuned = json.loads(weights.read_text())["digits"]
+  assert tuned.keys() == {"reverse_kl"}, "crd has a published weight"
+  scores = tuned["reverse_kl"]["validation accuracy"]
+  assert scores[f"{tuned['reverse_kl']['weight']:g}"] == max(scores.values())
+  assert zoo.weight_of(config, "reverse_kl") == (tuned["reverse_kl"]["weight"], "tuned")
+
+
+def test_every_public_loss_is_a_method_or_has_a_reason_not_to_be():
+  assert set(losses.__all__) <= set(zoo_methods.METHODS) | set(zoo_methods.NO_METHODS)
+
+
+@pytest.mark.parametrize("name", zoo_methods.METHODS)
+def test_every_method_learns_on_the_pair(name, bench):
+  """One step, shapes only: connectors, paths and losses fit, and the method reaches the student."""
+  learner, _ = zoo.program(bench, zoo_methods.METHODS[name], 1.0)
+  arrays = next(iter(bench.feed.batches))
+  frozen = zoo.frozen_models(bench, zoo.program(bench, zoo_methods.METHODS[name], 1.0)[1])
+  one_seed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), frozen)
+  state = jax.eval_shape(learner.init, jax.random.key(0), arrays, one_seed)
+  after, metrics = jax.eval_shape(learner.step, state, arrays, one_seed)
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  assert any(term.startswith("distil") for term in metrics)
+
+
+@pytest.fixture(scope="module")
+def bench():
+  """What methods share, from a teacher that did not learn."""
+  config = TINY.checked()
+  arrays = zoo_pairs.load("", 0)["train"]
+  teacher, student = (zoo_pairs.classifier(name, 10) for name in config.pair)
+  keys = jax.random.split(jax.random.key(0), config.seeds)
+  frozen = jax.vmap(lambda key: teacher.init(key, arrays))(keys)
+  session = zoo.phases.Session(config, None, None, None)
+  sample = zoo.functools.partial(zoo_pairs.draw_augmented, size=config.batch_size, shift=0, flip=False)
+  feed = zoo.phases.Feed([arrays], sample)
+  pair = zoo_pairs.pair_of(student, teacher, arrays)
+  return zoo.Bench(session, feed, student, teacher, frozen, [0.5, 0.5], pair, None, None)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"methods": ("kd",)}, r"methods has no \['kd'\]; there are kl_soft_targets"),
+    ({"pair": ("resnet56", "vgg8")}, "no network 'vgg8'"),
+    ({"pair": ("mlp-8", "mlp-4")}, "mlp-8 has fewer than two stages"),
+    ({"pair": ("convnet-8", "convnet-2-3")}, "convnet-8 has fewer than two stages"),
+    ({"learning_rate": 0.0}, "learning_rate must be positive"),
+    ({"held_out": 5}, "held_out=5 is for cifar"),
+    ({"cifar": "somewhere", "tune": True}, "tune needs a validation split"),
+  ],
+)
+def test_settings_that_make_no_sense_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(TINY, **changes).checked()
+
+
+def test_truncated_files_are_refused_before_anything_is_written(tmp_path, cifar100):
+  folder = tmp_path / "cifar"
+  folder.mkdir()
+  (folder / "train.bin").write_bytes((cifar100 / "train.bin").read_bytes()[:-1])
+  (folder / "test.bin").write_bytes((cifar100 / "test.bin").read_bytes())
+  with pytest.raises(ValueError, match=r"train.bin"):
+    zoo.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), cifar=str(folder), pair=("resnet8", "resnet8")))
+  assert not (tmp_path / "run").exists()
