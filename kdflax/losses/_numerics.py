@@ -17,6 +17,24 @@ def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
 
 
+@jax.custom_jvp
+def log1p_remainder(x: jax.Array) -> jax.Array:
+  """`x - log(1 + x)`, about x^2 / 2 near 0, where the difference would lose all digits and so would its derivative."""
+  near = jnp.abs(x) < 0.25
+  small = jnp.where(near, x, 0)
+  ratio = small / (2 + small)  # log(1 + x) = 2 artanh(ratio), and x - 2 ratio = x^2 / (2 + x)
+  square, series = ratio * ratio, jnp.zeros_like(x)
+  for odd in range(21, 1, -2):
+    series = 2 / odd + square * series
+  return jnp.where(near, small * ratio - ratio * square * series, x - jnp.log1p(x))
+
+
+@log1p_remainder.defjvp
+def _log1p_remainder_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  return log1p_remainder(x), x / (1 + x) * dx
+
+
 def l2_normalize(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
   """x / ||x||; a zero vector stays zero and gets no gradient."""
   return safe_divide(x, safe_sqrt(jnp.sum(x * x, axis=axis, keepdims=True)))

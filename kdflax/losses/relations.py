@@ -14,7 +14,7 @@ import optax
 from jax.custom_derivatives import SymbolicZero
 
 from kdflax.losses._examples import AxisName, all_rows, all_sum, as_examples, mask
-from kdflax.losses._numerics import inner_products, l2_normalize, safe_divide, safe_sqrt
+from kdflax.losses._numerics import inner_products, l2_normalize, log1p_remainder, safe_divide, safe_sqrt
 
 
 class _Rows(NamedTuple):
@@ -37,6 +37,7 @@ class _Pairs(NamedTuple):
   """Which of the pairs (local anchor, example of the batch) exist."""
 
   anchors: jax.Array  # int [b]: positions of the local anchors in the whole batch
+  present: jax.Array  # bool [B]: not masked
   valid: jax.Array  # bool [b, B]: neither is masked
   distinct: jax.Array  # bool [b, B]: valid, and not the same example
   counted: jax.Array  # scalar: examples of the whole batch that count
@@ -56,7 +57,7 @@ def _batch(
   anchors = first + jnp.arange(local.size)
   valid = local[:, None] & everyone
   distinct = valid & (anchors[:, None] != jnp.arange(everyone.size))
-  pairs = _Pairs(anchors, valid, distinct, everyone.sum().astype(student.dtype))
+  pairs = _Pairs(anchors, everyone, valid, distinct, everyone.sum().astype(student.dtype))
   return _Rows(student, all_rows(student, axis_name)), _Rows(teacher, all_rows(teacher, axis_name)), pairs
 
 
@@ -125,17 +126,25 @@ def pkt(
   """
   student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
 
-  def probabilities(rows: _Rows) -> jax.Array:
-    cosine = rows.map(l2_normalize).products()
-    # Rounding may take a cosine below -1, where the cosine is stationary.
-    similarity = jnp.where(pairs.valid & (cosine > -1), (cosine + 1) / 2, 0)
-    return safe_divide(similarity, similarity.sum(axis=-1, keepdims=True))
+  def dissimilarities(rows: _Rows) -> jax.Array:
+    """`1 - k`, from distances of unit vectors: a common offset, which takes all k close to 1, costs no digits."""
+    nonzero = rows.map(lambda features: features.any(axis=-1))
+    unit = _centre(rows.map(l2_normalize), pairs, axis_name)
+    quarter = _squared_distances(*unit, pairs.distinct) / 4
+    quarter = jnp.where(quarter < 1, quarter, 1)  # beyond opposed is rounding
+    return jnp.where(pairs.valid, jnp.where(nonzero.local[:, None] & nonzero.everyone, quarter, 0.5), 0)
 
-  q, p = probabilities(student_rows), probabilities(teacher_rows)
+  student_part, teacher_part = dissimilarities(student_rows), dissimilarities(teacher_rows)
+  of_student, of_teacher = (
+    jnp.maximum(pairs.counted, 1) - part.sum(axis=-1, keepdims=True) for part in (student_part, teacher_part)
+  )
+  p = (1 - teacher_part) / of_teacher
+  further = student_part - teacher_part
+  gained = (p * further.sum(axis=-1, keepdims=True) - further) / of_student  # q - p, of which both are nearly equal
   # p log(p / q) = p (w - log(1 + w)) + (p - q) with w = q / p - 1, and sum_j (p - q) = 0: without that term, which is
   # larger than the result where student and teacher are close, the sum keeps its digits.
-  change = (q - p) / (p + epsilon)
-  return pairs.mean_over_batch((p + epsilon) * (change - jnp.log1p(change)) + epsilon * jnp.log1p(change))
+  change = gained / (p + epsilon)
+  return pairs.mean_over_batch((p + epsilon) * log1p_remainder(change) + epsilon * jnp.log1p(change))
 
 
 def correlation_congruence(
@@ -195,7 +204,7 @@ def rkd_distance(
   """Huber loss between the pairwise distances, each over its batch mean.
 
   Matches the geometry of the batch up to translation, rotation and scale. 0 for a batch of two; a collapsed batch (all
-  rows equal) has all distances 0. Distances below the rounding error of their rows count as 0, with derivative 0.
+  rows equal) has all distances 0. A distance of 0 has derivative 0.
 
     mean_j huber(d_s / mean d_s - d_t / mean d_t)_ij,   d_ij = ||f_i - f_j||_2, the mean over all ordered pairs i != j
 
@@ -218,7 +227,7 @@ def rkd_distance(
   student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
 
   def relative(rows: _Rows) -> jax.Array:
-    distance = jnp.where(pairs.distinct, _distances(_centre(rows, pairs, axis_name), pairs, axis_name), 0)
+    distance = safe_sqrt(_squared_distances(*_centre(rows, pairs, axis_name), pairs.distinct))
     mean = all_sum(distance.sum(), axis_name) / jnp.maximum(pairs.counted * (pairs.counted - 1), 1)
     return safe_divide(distance, mean)
 
@@ -231,21 +240,24 @@ def _centre(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> _Rows:
   return rows.map(lambda features: features - mean)
 
 
-def _distances(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> jax.Array:
-  """Euclidean distances `[b, B]`."""
-  gram = rows.products()
-  # The norms come from the same product, summed in the same order: for equal rows the difference is exactly 0.
-  own = jnp.take_along_axis(gram, pairs.anchors[:, None], axis=1)
-  scale = own + all_rows(own[:, 0], axis_name)
-  return _resolved_sqrt(scale - 2 * gram, scale)
+def _squared_distances(rows: jax.Array, others: jax.Array, distinct: jax.Array) -> jax.Array:
+  """Squared Euclidean distances `[n, m]` of centred rows, 0 where the two are not distinct.
 
-
-def _resolved_sqrt(squared: jax.Array, scale: jax.Array) -> jax.Array:
-  """Root of a squared distance that was taken as a difference of terms of size `scale`.
-
-  Below the rounding error of that difference the distance is 0: equal rows come out at 0, not at the root of an error.
+  They come from the Gram matrix. If any two rows are so close that the rounding of their products would show, all
+  distances are taken again as sums of squared differences; the derivative is that of the Gram matrix all the same.
   """
-  return safe_sqrt(jnp.where(squared > 16 * jnp.finfo(squared.dtype).eps * scale, squared, 0))
+  norms = jnp.square(rows).sum(axis=-1)
+  scale = norms[:, None] + (norms if others is rows else jnp.square(others).sum(axis=-1))
+  squared = scale - 2 * inner_products(rows, others)
+  close = distinct & (squared < scale / 256)  # a distance below a sixteenth of the rows' length
+  exact = lambda: jax.lax.stop_gradient(_sums_of_squared_differences(rows, others, squared) - squared)
+  return jnp.where(distinct, squared + jax.lax.cond(close.any(), exact, lambda: 0 * squared), 0)
+
+
+def _sums_of_squared_differences(rows: jax.Array, others: jax.Array, like: jax.Array) -> jax.Array:
+  """`sum_d (rows_nd - others_md)^2` like `like`, over a few d at a time: nothing of shape [n, m, d] is held."""
+  add = lambda total, column: (total + jnp.square(column[0][:, None] - column[1]), None)
+  return jax.lax.scan(add, 0 * like, (rows.T, others.T), unroll=8)[0]
 
 
 def rkd_angle(
@@ -293,25 +305,23 @@ def rkd_angle(
 
 
 class _Sides(NamedTuple):
-  """What the angles at the anchors i need to know of the examples j; `cos_ijk` is
+  """What the angles at the anchors i need to know of the examples j. By the law of cosines, with d the distances,
 
-  `inverse_ji (gram_jk inverse_ki + shift_ki) + shift_ji inverse_ki`.
+  `cos_ijk = (d_ji^2 + d_ki^2 - d_jk^2) / (2 d_ji d_ki) = inverse_ji (gram_jk inverse_ki + shift_ki) + shift_ji
+  inverse_ki`.
   """
 
-  inverse: jax.Array  # [B, b]: 1 / ||f_j - f_i||, 0 where the side does not exist or has length 0
-  shift: jax.Array  # [B, b]: inverse (G_ii / 2 - G_ij)
-  gram: jax.Array  # [B, B]
+  inverse: jax.Array  # [B, b]: 1 / d_ji, 0 where the side does not exist or has length 0
+  shift: jax.Array  # [B, b]: d_ji / 2
+  gram: jax.Array  # [B, B]: -d_jk^2 / 2, the Gram matrix up to what the anchors add
 
 
 def _sides(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> _Sides:
   everyone = _centre(rows, pairs, axis_name).everyone
-  gram = inner_products(everyone, everyone)
-  norms, between = jnp.diagonal(gram), gram[:, pairs.anchors]
-  own = norms[pairs.anchors]
-  scale = norms[:, None] + own
-  length = _resolved_sqrt(jnp.where(pairs.distinct.T, scale - 2 * between, 0), scale)
-  inverse = safe_divide(jnp.ones_like(length), length)
-  return _Sides(inverse, inverse * (own / 2 - between), gram)
+  distinct = pairs.present[:, None] & pairs.present & ~jnp.eye(pairs.present.size, dtype=bool)
+  squared = _squared_distances(everyone, everyone, distinct)
+  length = safe_sqrt(squared)[:, pairs.anchors]
+  return _Sides(safe_divide(jnp.ones_like(length), length), length / 2, -squared / 2)
 
 
 def _cosines(one: _Sides, sides: _Sides) -> jax.Array:

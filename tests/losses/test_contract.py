@@ -95,6 +95,16 @@ def test_value_matches_the_reference(case, dtype):
   assert_close(values, case.reference(*rounded, **case.hyper, **case.static), dtype.replace("bfloat16", "float32"))
 
 
+@for_each([case for case in CASES if not case.label])
+def test_defaults_are_those_of_the_reference(case):
+  """The references write them a second time, so that none can change unseen."""
+  required = {name for name, p in inspect.signature(case.loss).parameters.items() if p.default is p.empty}
+  hyper = {name: value for name, value in {**case.hyper, **case.static}.items() if name in required}
+  with jax.enable_x64(True):
+    values = case.loss(*cast(inputs_of(case), "float64"), **hyper)
+  assert_close(values, case.reference(*inputs_of(case), **hyper), "float64")
+
+
 @each_case
 def test_derivatives_match_finite_differences(case):
   with jax.enable_x64(True):

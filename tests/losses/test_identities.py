@@ -2,6 +2,7 @@
 
 import functools
 
+import family_relations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +82,35 @@ def test_equal_rows_far_from_the_origin_are_at_distance_zero(width):
   np.testing.assert_array_equal(losses.rkd_distance(student, teacher)[:3] < 1e-12, True)
   value, gradient = jax.value_and_grad(lambda s: losses.rkd_angle(s, teacher).sum())(student)
   assert value < 1e-10 and np.isfinite(gradient).all()
+
+
+def clusters(seed, spread=1e-3):
+  """Four clusters of four unit rows, as a student that has collapsed its classes gives them."""
+  rng = np.random.default_rng(seed)
+  rows = np.repeat(rng.normal(size=(4, 8)), 4, axis=0) + spread * rng.normal(size=(16, 8))
+  return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@by_name("loss", RELATIONS)
+@pytest.mark.parametrize("where", ["clusters", "far from the origin"])
+def test_relations_in_float32_keep_their_digits(loss, where):
+  """Where products of rows are nearly equal, their differences have lost what float32 can hold."""
+  offset, spread = (0, 1e-3) if where == "clusters" else (1e3, 1.0)
+  student, teacher = ((offset + clusters(seed, spread)).astype(np.float32) for seed in (0, 1))
+  gradient = jax.jit(jax.value_and_grad(lambda student, teacher: loss(student, teacher).mean()))
+  got = gradient(student, teacher)
+  with jax.enable_x64(True):
+    exact = gradient(jnp.float64(student), jnp.float64(teacher))
+  np.testing.assert_allclose(got[0], exact[0], rtol=1e-4)
+  assert np.linalg.norm(np.asarray(got[1]) - np.asarray(exact[1])) < 1e-3 * np.linalg.norm(exact[1])
+
+
+@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
+@float64
+def test_equal_rows_count_at_distance_zero(name):
+  student, teacher = features()
+  student[3], teacher[[1, 4]] = student[0], teacher[2]
+  np.testing.assert_allclose(getattr(losses, name)(student, teacher), getattr(family_relations, name)(student, teacher))
 
 
 @by_name("loss", LOGIT_LOSSES)
