@@ -38,6 +38,30 @@ def as_examples(where: jax.Array | None, *, lead: int | None = None, **arrays: j
   return [mask(array.astype(dtype), where) for array in converted.values()]
 
 
+def hyper_parameters(
+  examples: tuple[int, ...], where: jax.Array | None, dtype: jnp.dtype, **hyper: float | jax.Array
+) -> list[jax.Array]:
+  """Returns hyper-parameters as arrays of a dtype: numbers, or one for each example and 1/2 where that is masked.
+
+  Raises:
+    ValueError: if one does not broadcast to the examples; broadcasting the other way would pair every example with
+      every value.
+  """
+  found = []
+  for name, value in hyper.items():
+    check_broadcasts(name, jnp.shape(value), "the examples", examples)
+    value = jnp.asarray(value, dtype)
+    found.append(value if where is None or not value.ndim else jnp.where(jnp.asarray(where), value, 0.5))
+  return found
+
+
+def check_broadcasts(name: str, shape: tuple[int, ...], what: str, wanted: tuple[int, ...]) -> None:
+  """Raises a ValueError unless a shape broadcasts to the one wanted."""
+  sizes = zip(reversed(shape), reversed(wanted), strict=False)
+  if len(shape) > len(wanted) or any(size not in (1, want) for size, want in sizes):
+    raise ValueError(f"{name} must be a number or broadcast to the shape of {what}, {wanted}; got shape {shape}")
+
+
 def check_same(what: str, **shapes: tuple[int, ...]) -> None:
   """Raises a ValueError that shows every shape by name unless they all agree."""
   if len(set(shapes.values())) > 1:

@@ -3,27 +3,27 @@
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses._examples import as_examples, check_same
+from kdflax.losses._examples import as_examples, check_same, hyper_parameters
 
 
 def logit_pair(
-  student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """Both logits, checked, in float32 or wider, with zeros in place of masked examples."""
+  student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None, **hyper: float | jax.Array
+) -> list[jax.Array]:
+  """Both logits and the hyper-parameters, checked, in float32 or wider; masked examples have zeros for logits."""
   check_same("shape", student_logits=jnp.shape(student_logits), teacher_logits=jnp.shape(teacher_logits))
   student, teacher = as_examples(where, student_logits=student_logits, teacher_logits=teacher_logits)
-  return student, teacher
+  return [student, teacher, *hyper_parameters(student.shape[:-1], where, student.dtype, **hyper)]
 
 
-def soften(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+def soften(logits: jax.Array, temperature: jax.Array) -> jax.Array:
   """`logits / T`; T broadcasts against the examples, a class at -inf stays there."""
   impossible = logits == -jnp.inf
   # Dividing -inf would make the derivative with respect to a learned temperature NaN.
-  softened = jnp.where(impossible, 0, logits) / jnp.asarray(temperature, logits.dtype)[..., None]
+  softened = jnp.where(impossible, 0, logits) / temperature[..., None]
   return jnp.where(impossible, -jnp.inf, softened)
 
 
-def log_softmax(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+def log_softmax(logits: jax.Array, temperature: jax.Array) -> jax.Array:
   """`log softmax(logits / T)`."""
   return jax.nn.log_softmax(soften(logits, temperature))
 

@@ -21,18 +21,20 @@ def attention_transfer(
   Args:
     student: `[batch, ..., channels]`, for images `[batch, height, width, channels]`.
     teacher: `[batch, ..., channels]`, as many axes.
-    power: exponent of the activations, static.
+    power: exponent of the activations, at least 1, static.
     where: bool `[batch]`, which examples count.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
 
   Raises:
-    ValueError: if the batch or the number of axes differ, an input is not floating, or `where` does not fit.
+    ValueError: if the batch or the number of axes differ, an input is not floating, `where` does not fit, or `power` is
+      below 1.
 
   Reference: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017, arXiv 1612.03928. The paper sums the
   norm of the difference; this is the mean over positions of its square, as its authors' code computes.
   """
+  _check_power("power", power)
   student, teacher = map_pair(student, teacher, where)
   squared = jnp.square(_attention(student, power) - _attention(teacher, power))
   return mask(squared.mean(axis=-1), where)
@@ -73,10 +75,10 @@ def factor_transfer(
   1802.04977. The paper normalises the whole factor: for that, give factors as `[batch, positions, 1]` with
   `input_power=1`. Its p-norm is a mean of p-th powers here, as in the widely used implementations.
   """
-  if int(input_power) != input_power or input_power < 1:
-    raise ValueError(f"input_power must be a positive integer; got {input_power}")
-  if output_power < 1:
-    raise ValueError(f"output_power must be at least 1; got {output_power}")
+  _check_power("input_power", input_power)
+  _check_power("output_power", output_power)
+  if int(input_power) != input_power:
+    raise ValueError(f"input_power must be an integer; got {input_power}")
   student, teacher = map_pair(student, teacher, where)
   factor = lambda features: _unit_map((features ** int(input_power)).mean(axis=-1))
   return mask((jnp.abs(factor(student) - factor(teacher)) ** output_power).mean(axis=-1), where)
@@ -128,6 +130,12 @@ def class_attention_transfer(
     return l2_normalize(pooled, axis=spatial) if normalize else pooled
 
   return mask(per_example(jnp.mean, jnp.square(attention(student) - attention(teacher))), where)
+
+
+def _check_power(name: str, power: float) -> None:
+  """Below 1 the derivative at zero would be infinite."""
+  if not isinstance(power, int | float) or not power >= 1:
+    raise ValueError(f"{name} must be a number, at least 1, and not traced; got {power}")
 
 
 def _attention(features: jax.Array, power: float) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses._examples import AxisName, all_rows, as_examples, check_same, mask
+from kdflax.losses._examples import AxisName, all_rows, as_examples, check_same, hyper_parameters, mask
 from kdflax.losses._numerics import inner_products, l2_normalize
 
 _EPSILON = 1e-7  # of the original implementation, added to the denominators
@@ -33,7 +33,12 @@ def crd_memory(key: jax.Array, num_examples: int, width: int) -> CRDMemory:
 
   Returns:
     A float32 `CRDMemory`; it holds `2 * num_examples * width` numbers.
+
+  Raises:
+    ValueError: if there are no examples or no width.
   """
+  if num_examples < 1 or width < 1:
+    raise ValueError(f"num_examples and width must be positive; got {num_examples} and {width}")
   student, teacher = l2_normalize(jax.random.normal(key, (2, num_examples, width), jnp.float32))
   return CRDMemory(student, teacher, jnp.float32(-1), jnp.float32(-1))
 
@@ -46,6 +51,7 @@ def crd(
   *,
   temperature: float | jax.Array = 0.07,
   momentum: float | jax.Array = 0.5,
+  axis_name: AxisName = None,
 ) -> tuple[jax.Array, CRDMemory]:
   """Noise-contrastive estimation between each model's embedding and the other's memory.
 
@@ -55,8 +61,9 @@ def crd(
     -log h_0 - sum_{j >= 1} log(1 - h_j),   h_j = P_j / (P_j + m / n),   P_j = exp(v . memory[indices_j] / T) / Z
 
   summed over student anchors against the teacher's bank and the reverse; m negatives, n rows in the bank, and 1e-7
-  added to both denominators. Z is set at the first call to `n mean(exp(...))`, without gradient, and kept from then on.
-  After the scores the rows of the examples themselves become `momentum * row + (1 - momentum) * v`, renormalised.
+  added to both denominators. Z is set at the first call to `n mean(exp(...))`, without gradient, and kept from then on;
+  below a temperature of about 0.012 it may exceed float32, and is the largest number there. After the scores the rows
+  of the examples themselves become `momentum * row + (1 - momentum) * v`, renormalised.
 
   Donate the memory to the jitted step (`donate_argnums`) and its banks are updated in place: time and further memory do
   not depend on n. The returned memory carries no gradient.
@@ -64,11 +71,13 @@ def crd(
   Args:
     student_embeddings: `[batch, width]` of unit norm.
     teacher_embeddings: `[batch, width]` of unit norm; gets a gradient, since its embedding layer learns too.
-    indices: integer `[batch, 1 + negatives]`, rows of the memory, the example's own first. Out of range they cannot be
-      refused once traced: scores are then NaN and nothing is written.
+    indices: integer `[batch, 1 + negatives]`, rows of the memory, the example's own first. Out of range, negative ones
+      too, they cannot be refused once traced: scores are then NaN and nothing is written.
     memory: from `crd_memory` or the last call.
     temperature: T > 0, dimensionless, may be traced.
     momentum: share of the old row that stays, may be traced.
+    axis_name: mapped axis over which the batch is spread, or None. Every device is given the whole memory, and returns
+      the whole of it after the batches of all.
 
   Returns:
     `[batch]` in float32 or wider, and the memory after this batch. If an example comes twice in a batch, its last
@@ -89,17 +98,22 @@ def crd(
   )
   indices = jnp.asarray(indices)
   _check_memory(student, indices, memory)
-  own = indices[:, 0]
-  student_scores, student_norm = _scores(
-    student, _rows(memory.teacher, indices), memory.student_norm, memory, temperature
+  num_examples = memory.student.shape[0]
+  indices = jnp.where(indices < 0, num_examples, indices)  # which does not exist either
+  temperature, momentum = hyper_parameters((), None, student.dtype, temperature=temperature, momentum=momentum)
+  student_scores, student_norm = _log_scores(
+    student, _rows(memory.teacher, indices), memory.student_norm, num_examples, temperature, axis_name
   )
-  teacher_scores, teacher_norm = _scores(
-    teacher, _rows(memory.student, indices), memory.teacher_norm, memory, temperature
+  teacher_scores, teacher_norm = _log_scores(
+    teacher, _rows(memory.student, indices), memory.teacher_norm, num_examples, temperature, axis_name
   )
-  values = _nce(student_scores, memory) + _nce(teacher_scores, memory)
+  values = _nce(student_scores, num_examples) + _nce(teacher_scores, num_examples)
   # Stopped before the write: its derivative would be one more array of the size of the banks.
   student, teacher, memory = jax.lax.stop_gradient((student, teacher, memory))
-  rows = _rows_to_write(own, values, memory)
+  own, finite, student, teacher = (
+    _from_all(x, axis_name) for x in (indices[:, 0], jnp.isfinite(values), student, teacher)
+  )
+  rows = _rows_to_write(own, finite, num_examples)
   after = CRDMemory(
     _remember(memory.student, own, rows, student, momentum),
     _remember(memory.teacher, own, rows, teacher, momentum),
@@ -110,6 +124,10 @@ def crd(
 
 
 def _check_memory(embeddings: jax.Array, indices: jax.Array, memory: CRDMemory) -> None:
+  if not isinstance(memory, CRDMemory):
+    raise ValueError(f"memory must be a CRDMemory, as crd_memory makes it; got {type(memory).__name__}")
+  if embeddings.ndim != 2:
+    raise ValueError(f"student_embeddings and teacher_embeddings must be [batch, width]; got shape {embeddings.shape}")
   if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim != 2 or indices.shape[1] < 2:
     raise ValueError(f"indices must be integers [batch, 1 + negatives]; got {indices.dtype}{list(indices.shape)}")
   check_same("batch", student_embeddings=embeddings.shape[:1], indices=indices.shape[:1])
@@ -117,35 +135,51 @@ def _check_memory(embeddings: jax.Array, indices: jax.Array, memory: CRDMemory) 
   check_same("width", student_embeddings=embeddings.shape[1:], memory=memory.student.shape[1:])
 
 
-def _scores(
-  anchors: jax.Array, entries: jax.Array, norm: jax.Array, memory: CRDMemory, temperature: float | jax.Array
+def _log_scores(
+  anchors: jax.Array,
+  entries: jax.Array,
+  norm: jax.Array,
+  num_examples: int,
+  temperature: jax.Array,
+  axis_name: AxisName,
 ) -> tuple[jax.Array, jax.Array]:
-  """`exp(v . entry / T) / Z` `[batch, 1 + negatives]`, and Z."""
-  products = jnp.einsum("bd,bnd->bn", anchors, entries, precision=jax.lax.Precision.HIGHEST)
-  scores = jnp.exp(products / jnp.asarray(temperature, products.dtype))
-  first = scores.mean() * memory.student.shape[0]
-  norm = jax.lax.stop_gradient(jnp.where(norm < 0, first.astype(norm.dtype), norm))
-  return scores / norm, norm
+  """`v . entry / T - log Z` `[batch, 1 + negatives]`, and Z."""
+  scores = jnp.einsum("bd,bnd->bn", anchors, entries, precision=jax.lax.Precision.HIGHEST) / temperature
+  of_batch = jnp.exp(jax.nn.logsumexp(scores) + jnp.log(num_examples / scores.size))
+  first = of_batch if axis_name is None else jax.lax.pmean(of_batch, axis_name)
+  first = jnp.minimum(first, jnp.finfo(norm.dtype).max).astype(norm.dtype)
+  norm = jax.lax.stop_gradient(jnp.where(norm < 0, first, norm))
+  return scores - jnp.log(norm), norm
 
 
-def _nce(scores: jax.Array, memory: CRDMemory) -> jax.Array:
-  noise = (scores.shape[1] - 1) / memory.student.shape[0]
-  own, others = scores[:, 0], scores[:, 1:]
-  return -jnp.log(own / (own + noise + _EPSILON)) - jnp.log(noise / (others + noise + _EPSILON)).sum(axis=-1)
+def _nce(log_scores: jax.Array, num_examples: int) -> jax.Array:
+  noise = (log_scores.shape[1] - 1) / num_examples
+  total = jnp.logaddexp(log_scores, jnp.log(jnp.asarray(noise + _EPSILON, log_scores.dtype)))
+  own, others = log_scores[:, 0] - total[:, 0], jnp.log(noise) - total[:, 1:]
+  return -own - others.sum(axis=-1)
 
 
 def _rows(bank: jax.Array, indices: jax.Array) -> jax.Array:
   return bank.at[indices].get(mode="fill", fill_value=jnp.nan)
 
 
-def _rows_to_write(own: jax.Array, values: jax.Array, memory: CRDMemory) -> jax.Array:
+def _from_all(local: jax.Array, axis_name: AxisName) -> jax.Array:
+  """The rows of every device in order: as a sum, so that they are known to be the same everywhere."""
+  if axis_name is None:
+    return local
+  everywhere = jnp.zeros((jax.lax.psum(1, axis_name), *local.shape), local.dtype)
+  mine = everywhere.at[jax.lax.axis_index(axis_name)].set(local)
+  return jax.lax.psum(mine.astype(jnp.int32) if local.dtype == bool else mine, axis_name).reshape(-1, *local.shape[1:])
+
+
+def _rows_to_write(own: jax.Array, finite: jax.Array, num_examples: int) -> jax.Array:
   """The examples' rows; a row that does not exist for those that are not remembered.
 
   Which of two writes to one row wins is not defined, so only the last occurrence writes. That the rows depend on the
   values has a second effect: the compiler sees that everything is read before anything is written, and copies no bank.
   """
   later = jnp.triu(own[:, None] == own, k=1).any(axis=-1)
-  return jnp.where(later | ~jnp.isfinite(values), memory.student.shape[0], own)
+  return jnp.where(later | (finite == 0), num_examples, own)
 
 
 def _remember(
@@ -173,7 +207,7 @@ def info_nce(
   Args:
     student: `[batch, ...]`, trailing axes flattened.
     teacher: `[batch, ...]`, the same shape.
-    temperature: T > 0, dimensionless, may be traced.
+    temperature: T > 0, dimensionless, may be traced; broadcasts against `[batch]`.
     where: bool `[batch]`, which examples count, as anchors and as candidates.
     axis_name: mapped axis over which the batch is spread, or None.
 
@@ -190,10 +224,11 @@ def info_nce(
   student, teacher = (
     l2_normalize(x.reshape(x.shape[0], -1)) for x in as_examples(where, lead=1, student=student, teacher=teacher)
   )
-  logits = inner_products(student, all_rows(teacher, axis_name)) / jnp.asarray(temperature, student.dtype)
+  (temperature,) = hyper_parameters(student.shape[:1], where, student.dtype, temperature=temperature)
+  logits = inner_products(student, all_rows(teacher, axis_name)) / temperature[..., None]
   counts = jnp.ones(student.shape[:1], bool) if where is None else jnp.asarray(where)
   candidates = all_rows(counts, axis_name)
-  own = jnp.sum(student * teacher, axis=-1) / jnp.asarray(temperature, student.dtype)
+  own = jnp.sum(student * teacher, axis=-1) / temperature
   # Where nobody counts the sum would be empty, and its logarithm without a derivative.
   logits = jnp.where(candidates | ~candidates.any(), logits, -jnp.inf)
   return mask(jax.nn.logsumexp(logits, axis=-1) - own, where)

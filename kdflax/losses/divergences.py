@@ -7,23 +7,23 @@ there: the divergence is infinite where the other side's expectation runs over i
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.core import Tracer
 
 from kdflax.losses._examples import mask
 from kdflax.losses._log_probabilities import log_softmax, logit_pair, relative_entropy
 
 
 def _log_probabilities(
-  student_logits: jax.Array, teacher_logits: jax.Array, temperature: float | jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-  """(log q, log p)."""
-  student, teacher = logit_pair(student_logits, teacher_logits, where)
-  return log_softmax(student, temperature), log_softmax(teacher, temperature)
+  student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None, **hyper: float | jax.Array
+) -> list[jax.Array]:
+  """log q, log p and the hyper-parameters after the temperature, which come first."""
+  student, teacher, temperature, *others = logit_pair(student_logits, teacher_logits, where, **hyper)
+  return [log_softmax(student, temperature), log_softmax(teacher, temperature), *others]
 
 
-def _log_mixture(log_p: jax.Array, log_q: jax.Array, alpha: float | jax.Array) -> jax.Array:
+def _log_mixture(log_p: jax.Array, log_q: jax.Array, alpha: jax.Array) -> jax.Array:
   """`log(alpha p + (1 - alpha) q)`."""
-  alpha = jnp.asarray(alpha, log_p.dtype)[..., None]
+  alpha = alpha[..., None]
   # A class impossible on both sides would have the derivative -inf - (-inf).
   impossible = (log_p == -jnp.inf) & (log_q == -jnp.inf)
   log_p, log_q = jnp.where(impossible, 0, log_p), jnp.where(impossible, 0, log_q)
@@ -58,7 +58,7 @@ def forward_kl(
 
   Reference: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
   """
-  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  log_q, log_p = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature)
   return mask(relative_entropy(log_p, log_q), where)
 
 
@@ -90,7 +90,7 @@ def reverse_kl(
   Reference: Gu, Dong, Wei and Huang, "MiniLLM: Knowledge Distillation of Large Language Models", 2024, arXiv 2306.08543
   (the divergence of each token; the paper samples sequences from the student).
   """
-  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  log_q, log_p = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature)
   return mask(relative_entropy(log_q, log_p), where)
 
 
@@ -122,7 +122,7 @@ def total_variation(
   Reference: Wen, Li, Du and Mou, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", 2023,
   arXiv 2307.15190.
   """
-  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  log_q, log_p = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature)
   return mask(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)).sum(axis=-1) / 2, where)
 
 
@@ -157,7 +157,7 @@ def skew_kl(
   Reference: Ko, Kim, Chen and Yun, "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024,
   arXiv 2402.03898.
   """
-  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  log_q, log_p, alpha = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, alpha=alpha)
   return mask(relative_entropy(log_p, _log_mixture(log_p, log_q, alpha)), where)
 
 
@@ -192,7 +192,7 @@ def reverse_skew_kl(
   Reference: Ko, Kim, Chen and Yun, "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024,
   arXiv 2402.03898.
   """
-  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  log_q, log_p, alpha = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, alpha=alpha)
   return mask(relative_entropy(log_q, _log_mixture(log_q, log_p, alpha)), where)
 
 
@@ -228,13 +228,13 @@ def jensen_shannon(
   Reference: Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", 2024,
   arXiv 2306.13649. Some implementations mix probabilities in the dtype of the inputs, which turns negative in bfloat16.
   """
-  if isinstance(beta, float | int | np.number):
+  if jnp.ndim(beta) == 0 and not isinstance(beta, Tracer):
     if not 0 <= beta <= 1:
       raise ValueError(f"beta must be between 0 and 1; got {beta}")
     if beta in (0, 1):
       end = forward_kl if beta == 0 else reverse_kl
       return end(student_logits, teacher_logits, temperature=temperature, where=where)
-  log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature, where)
+  log_q, log_p, beta = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, beta=beta)
   log_m = _log_mixture(log_p, log_q, beta)
   values = beta * relative_entropy(log_p, log_m) + (1 - beta) * relative_entropy(log_q, log_m)
   return mask(values, where)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses._examples import as_examples, check_same, mask
+from kdflax.losses._examples import as_examples, check_broadcasts, check_same, mask
 from kdflax.losses._numerics import adaptive_average_pool, l2_normalize, pool_to_common_size
 
 
@@ -88,7 +88,8 @@ def hierarchical_context(
     `[batch]` in float32 or wider, 0 for masked examples.
 
   Raises:
-    ValueError: if the shapes differ or have no spatial axis, an input is not floating, or `where` does not fit.
+    ValueError: if the shapes differ or have no spatial axis, an input is not floating, `where` does not fit, or
+      `levels` are not positive whole numbers.
 
   Reference: Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", 2021, arXiv 2104.09044, the
   hierarchical context loss. The review of several layers, with its fusion of student stages, is the model's part.
@@ -97,6 +98,8 @@ def hierarchical_context(
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   difference = student - teacher  # pooling is linear, so one pool of the difference does for both
   total, weights, weight = per_example(jnp.mean, jnp.square(difference)), 1.0, 1.0
+  if isinstance(levels, int) or not all(isinstance(level, int) and level > 0 for level in levels):
+    raise ValueError(f"levels must be positive whole numbers such as (4, 2, 1); got {levels!r}")
   for level in levels:
     if level < difference.shape[1]:
       pooled = adaptive_average_pool(difference, (level,) * (difference.ndim - 2))
@@ -154,7 +157,7 @@ def activation_boundary(
   Args:
     student: `[batch, ...]`, pre-activations, through a connector where widths differ.
     teacher: `[batch, ...]`, the same shape; only its signs matter, so it gets no gradient.
-    margin: how far beyond zero a unit must be, in units of the student's feature, may be traced.
+    margin: how far beyond zero a unit must be, in units of the student's feature, may be traced; broadcasts to it.
     where: bool `[batch]`, which examples count.
 
   Returns:
@@ -167,7 +170,7 @@ def activation_boundary(
   Neurons", 2019, arXiv 1811.03233. RepDistiller adds factors of 3 / 1000 and powers of two over the layers.
   """
   student, teacher = _same_shape(where, student=student, teacher=teacher)
-  margin = jnp.asarray(margin, student.dtype)
+  margin = _like(teacher, margin=margin)
   shortfall = jax.nn.relu(margin - jnp.where(teacher > 0, student, -student))
   return mask(per_example(jnp.sum, jnp.square(shortfall)), where)
 
@@ -268,8 +271,5 @@ def _same_shape(where: jax.Array | None, **features: jax.Array) -> list[jax.Arra
 def _like(teacher: jax.Array, **parameters: jax.Array | float) -> jax.Array:
   """A parameter of the teacher's feature in its dtype, checked to broadcast against it."""
   ((name, parameter),) = parameters.items()
-  shape = jnp.shape(parameter)
-  sizes = zip(reversed(shape), reversed(teacher.shape), strict=False)
-  if len(shape) > teacher.ndim or any(size not in (1, wanted) for size, wanted in sizes):
-    raise ValueError(f"{name} must broadcast to the teacher's shape {teacher.shape}, e.g. [channels]; got {shape}")
+  check_broadcasts(name, jnp.shape(parameter), "the teacher", teacher.shape)
   return jnp.asarray(parameter, teacher.dtype)

@@ -117,11 +117,14 @@ def inter_channel_correlation(student: jax.Array, teacher: jax.Array, *, where: 
   _check_channels(student=student, teacher=teacher)
   student, teacher = as_examples(where, lead=1, student=student, teacher=teacher)
 
-  def correlation(features):
-    features = _positions(features)
-    return l2_normalize(_product("bnc,bnd->bcd", features, features))
+  def distance(maps):
+    # A few examples at a time and once more in the backward pass: Gram matrices of them all may dwarf the maps.
+    rows, targets = (l2_normalize(_product("nc,nd->cd", x, x)) for x in maps)
+    return jnp.square(rows - targets).sum(axis=-1).mean()
 
-  return mask(jnp.square(correlation(student) - correlation(teacher)).sum(axis=-1).mean(axis=-1), where)
+  maps = _positions(student), _positions(teacher)
+  at_once = max(1, min(x.size for x in maps) // (4 * student.shape[-1] ** 2))
+  return mask(jax.lax.map(jax.checkpoint(distance), maps, batch_size=at_once), where)
 
 
 def kdsvd(
@@ -171,7 +174,7 @@ def kdsvd(
   """
   student, teacher = _layer_pairs(where, student_first, student_last, teacher_first, teacher_last)
   smallest = min(min(_positions(features).shape[1:]) for features in teacher)
-  if not 1 <= k <= smallest:
+  if not isinstance(k, int) or not 1 <= k <= smallest:
     raise ValueError(f"k must be from 1 to {smallest}, the rank of the teacher's maps; got {k}")
   first = _paired_vectors(student[0], teacher[0], k)
   last = _paired_vectors(student[1], teacher[1], k, done=first[0][:, :1, :1])

@@ -48,8 +48,9 @@ def dist(
   Reference: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022, arXiv 2205.10536. The authors' code
   bounds the norms from below by an absolute constant; here a vector is constant if it varies by less than its rounding.
   """
-  student, teacher = logit_pair(student_logits, teacher_logits, where)
-  temperature = jnp.asarray(temperature, student.dtype)
+  student, teacher, temperature, beta, gamma = logit_pair(
+    student_logits, teacher_logits, where, temperature=temperature, beta=beta, gamma=gamma
+  )
   q, p = (jnp.exp(log_softmax(logits, temperature)) for logits in (student, teacher))
   count = _count(q, where, axis_name)
 
@@ -152,7 +153,7 @@ def _sum_and_difference(
 
   `q_i . q_j - p_i . p_j` is half of `(q + p)_i . (q - p)_j + (q - p)_i . (q + p)_j`, where nothing large cancels.
   """
-  student, teacher = logit_pair(student_logits, teacher_logits, where)
+  student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
   q, p = (mask(jnp.exp(log_softmax(logits, temperature)), where) for logits in (student, teacher))
   return q + p, q - p, _count(q, where, axis_name)
 

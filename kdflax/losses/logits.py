@@ -45,8 +45,7 @@ def kl_soft_targets(
   PyTorch's default `kl_div` reduction divides by the number of classes as well; this does not. Mutual learning (Zhang
   et al., "Deep Mutual Learning", 2018, arXiv 1706.00384) is this loss in both directions, one for each peer.
   """
-  student, teacher = logit_pair(student_logits, teacher_logits, where)
-  temperature = jnp.asarray(temperature, student.dtype)
+  student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
   divergence = relative_entropy(log_softmax(teacher, temperature), log_softmax(student, temperature))
   return mask(temperature**2 * divergence, where)
 
@@ -115,9 +114,10 @@ def dkd(
   logarithm of summed probabilities, which is NaN for large logits, and hides the target with a logit of -1000; this
   stays in log-space.
   """
-  student, teacher = logit_pair(student_logits, teacher_logits, where)
+  student, teacher, temperature, alpha, beta = logit_pair(
+    student_logits, teacher_logits, where, temperature=temperature, alpha=alpha, beta=beta
+  )
   is_target = _is_target(labels, student, where)
-  temperature = jnp.asarray(temperature, student.dtype)
   p, q = (_decouple(soften(logits, temperature), is_target) for logits in (teacher, student))
   target = relative_entropy(p[0], q[0])
   others = relative_entropy(p[1], q[1])
@@ -163,9 +163,10 @@ def nkd(
   Normalized Loss and Customized Soft Labels", 2023, arXiv 2303.13005. As in the authors' code the target part takes no
   temperature. Nothing is detached here; stop the teacher where the loss is used.
   """
-  student, teacher = logit_pair(student_logits, teacher_logits, where)
+  student, teacher, temperature, gamma = logit_pair(
+    student_logits, teacher_logits, where, temperature=temperature, gamma=gamma
+  )
   is_target = _is_target(labels, student, where)
-  temperature = jnp.asarray(temperature, student.dtype)
   (log_p, _), (log_q, _) = (_decouple(logits, is_target) for logits in (teacher, student))
   (_, log_p_others), (_, log_q_others) = (
     _decouple(soften(logits, temperature), is_target) for logits in (teacher, student)
@@ -220,13 +221,15 @@ def standardize_logits(logits: jax.Array, *, axis: int = -1, epsilon: float | ja
     The shape of `logits`, in float32 or wider.
 
   Raises:
-    ValueError: if the logits are not floating.
+    ValueError: if the logits are not floating or have no such axis.
 
   Reference: Sun et al., "Logit Standardization in Knowledge Distillation", 2024, arXiv 2403.01427.
   """
   logits = jnp.asarray(logits)
   if not jnp.issubdtype(logits.dtype, jnp.floating):
     raise ValueError(f"logits must be floating; got {logits.dtype}{list(logits.shape)}. Cast it, e.g. to float32.")
+  if not -logits.ndim <= axis < logits.ndim:
+    raise ValueError(f"axis must be one of the {logits.ndim} axes of logits {logits.shape}; got {axis}")
   logits = logits.astype(jnp.result_type(logits.dtype, jnp.float32))
   possible = logits > -jnp.inf
   count = possible.sum(axis=axis, keepdims=True).astype(logits.dtype)

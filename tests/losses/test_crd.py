@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from kdflax import losses
@@ -86,14 +88,73 @@ def test_last_occurrence_in_a_batch_is_remembered():
   np.testing.assert_allclose(after.teacher[row], unit((memory.teacher[row] + teacher[3]) / 2), rtol=1e-5)
 
 
-def test_row_that_does_not_exist_gives_nan_and_is_not_written():
+@pytest.mark.parametrize("nowhere", [ROWS, -1])
+def test_row_that_does_not_exist_gives_nan_and_is_not_written(nowhere):
   student, teacher, indices, memory = make((11.0, 8.0))
-  indices[1, 0], indices[2, 3] = ROWS, ROWS
+  indices[1, 0], indices[2, 3] = nowhere, nowhere
   memory = jax.tree.map(jnp.float32, memory)
   values, after = jax.jit(losses.crd)(jnp.float32(student), jnp.float32(teacher), indices, memory)
   np.testing.assert_array_equal(np.isnan(values), [False, True, True, False])
   changed = (np.asarray(after.student) != np.asarray(memory.student)).any(axis=1)
   np.testing.assert_array_equal(np.flatnonzero(changed), sorted(indices[[0, 3], 0]))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.02])
+def test_small_temperatures_stay_finite(temperature):
+  """`exp(1 / 0.01)` is beyond float32."""
+  student, _, indices, _ = make()
+  banks = [unit(np.random.default_rng(0).normal(size=(ROWS, WIDTH)))] * 2
+  banks[0][indices[:, 0]] = student
+  memory = losses.CRDMemory(*map(jnp.float32, banks), jnp.float32(-1), jnp.float32(-1))
+
+  def total(student, memory):
+    values, after = losses.crd(student, student, indices, memory, temperature=temperature)
+    return values.sum(), after
+
+  gradient = jax.jit(jax.value_and_grad(total, has_aux=True))
+  for _ in range(2):
+    (value, memory), slope = gradient(jnp.float32(student), memory)
+    assert np.isfinite(value) and np.isfinite(slope).all() and all(np.isfinite(x).all() for x in memory)
+
+
+@pytest.mark.parametrize("way", ["jit", "shard_map", "pmap"])
+def test_eight_devices_equal_one(way):
+  """Values, gradient, normalisers and the whole memory after; one example comes twice, on two devices."""
+  rng = np.random.default_rng(0)
+  student, teacher = jnp.float32(unit(rng.normal(size=(2, 16, WIDTH))))
+  indices = rng.integers(40, size=(16, 1 + NEGATIVES))
+  indices[13, 0] = indices[2, 0]
+  memory = losses.crd_memory(jax.random.key(0), 40, WIDTH)
+
+  def mean(scale, student, teacher, indices, memory, axis_name=None):
+    values, after = losses.crd(student * scale, teacher, indices, memory, axis_name=axis_name)
+    return losses.masked_mean(values, None, axis_name), after
+
+  def gradient(*arguments, axis_name=None):
+    return jax.value_and_grad(functools.partial(mean, axis_name=axis_name), has_aux=True)(*arguments)
+
+  scale = jnp.linspace(0.5, 1.5, WIDTH)
+  (expected, remembered), slope = jax.jit(gradient)(scale, student, teacher, indices, memory)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  local = functools.partial(gradient, axis_name="data")
+  if way == "jit":
+    spread = jax.device_put((student, teacher, indices), NamedSharding(mesh, P("data")))
+    (value, after), got = jax.jit(gradient)(scale, *spread, memory)
+  elif way == "shard_map":
+    specs = (P(), P("data"), P("data"), P("data"), P())
+    step = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=((P(), P()), P()))
+    (value, after), got = jax.jit(step)(scale, student, teacher, indices, memory)
+  else:
+    split = [x.reshape(8, 2, -1) for x in (student, teacher, indices)]
+    mapped = jax.pmap(local, "data", in_axes=(None, 0, 0, 0, None))(scale, *split, memory)
+    for leaf in jax.tree.leaves(mapped[0][1]):
+      np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[0], leaf.shape))  # every device remembers the same
+    (value, after), got = jax.tree.map(lambda x: x[0], mapped)
+    got = mapped[1].mean(0)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  np.testing.assert_allclose(got, slope, rtol=1e-4, atol=1e-5)
+  for a, b in zip(after, remembered, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_donated_memory_is_updated_in_place():
@@ -139,3 +200,9 @@ def test_mistakes_are_named():
     losses.crd(student, teacher, indices[:2], memory)
   with pytest.raises(ValueError, match=r"student_embeddings.*memory.*width"):
     losses.crd(student[:, :2], teacher[:, :2], indices, memory)
+  with pytest.raises(ValueError, match=r"\[batch, width\]; got shape \(4, 3, 1\)"):
+    losses.crd(student[..., None], teacher[..., None], indices, memory)
+  with pytest.raises(ValueError, match=r"memory must be a CRDMemory.*tuple"):
+    losses.crd(student, teacher, indices, tuple(memory))
+  with pytest.raises(ValueError, match="num_examples and width must be positive; got 0 and 5"):
+    losses.crd_memory(jax.random.key(0), 0, 5)

@@ -140,6 +140,13 @@ def test_jensen_shannon_is_symmetric_at_one_half():
   np.testing.assert_allclose(losses.jensen_shannon(disjoint, disjoint[::-1], beta=0.5), np.log(2), rtol=1e-9)
 
 
+@pytest.mark.parametrize("number", [float, np.float32, np.array, jnp.asarray])
+def test_jensen_shannon_at_its_ends_is_a_divergence_in_one_direction(number):
+  student, teacher = features().astype(np.float32)
+  for beta, end in ((0.0, losses.forward_kl), (1.0, losses.reverse_kl)):
+    np.testing.assert_array_equal(losses.jensen_shannon(student, teacher, beta=number(beta)), end(student, teacher))
+
+
 def test_jensen_shannon_refuses_a_beta_outside_the_unit_interval():
   with pytest.raises(ValueError, match=r"beta.*0 and 1.*1\.5"):
     losses.jensen_shannon(*features(), beta=1.5)
