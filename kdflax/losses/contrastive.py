@@ -1,13 +1,16 @@
 """Contrastive losses on embeddings: `[batch, width] -> [batch]`."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from kdflax.losses._examples import AxisName, all_rows, as_examples, check_same, hyper_parameters, mask
-from kdflax.losses._numerics import inner_products, l2_normalize
+from kdflax.losses._numerics import after, inner_products, l2_normalize
 
+_HIGHEST = jax.lax.Precision.HIGHEST
 _EPSILON = 1e-7  # of the original implementation, added to the denominators
 
 
@@ -65,8 +68,9 @@ def crd(
   below a temperature of about 0.012 it may exceed float32, and is the largest number there. After the scores the rows
   of the examples themselves become `momentum * row + (1 - momentum) * v`, renormalised.
 
-  Donate the memory to the jitted step (`donate_argnums`) and its banks are updated in place: time and further memory do
-  not depend on n. The returned memory carries no gradient.
+  Rows are read for one anchor at a time, so nothing of the size of batch x negatives x width is held. The memory itself
+  gets no gradient. Donate it to the jitted step (`donate_argnums`) and its banks are updated in place: further memory
+  does not depend on n, and time only by the caches of the processor.
 
   Args:
     student_embeddings: `[batch, width]` of unit norm.
@@ -101,26 +105,22 @@ def crd(
   num_examples = memory.student.shape[0]
   indices = jnp.where(indices < 0, num_examples, indices)  # which does not exist either
   temperature, momentum = hyper_parameters((), None, student.dtype, temperature=temperature, momentum=momentum)
-  student_scores, student_norm = _log_scores(
-    student, _rows(memory.teacher, indices), memory.student_norm, num_examples, temperature, axis_name
-  )
-  teacher_scores, teacher_norm = _log_scores(
-    teacher, _rows(memory.student, indices), memory.teacher_norm, num_examples, temperature, axis_name
-  )
-  values = _nce(student_scores, num_examples) + _nce(teacher_scores, num_examples)
+  student_values, student_norm = _one_way(student, memory.teacher, indices, memory.student_norm, temperature, axis_name)
+  teacher_values, teacher_norm = _one_way(teacher, memory.student, indices, memory.teacher_norm, temperature, axis_name)
+  values = student_values + teacher_values
   # Stopped before the write: its derivative would be one more array of the size of the banks.
   student, teacher, memory = jax.lax.stop_gradient((student, teacher, memory))
   own, finite, student, teacher = (
     _from_all(x, axis_name) for x in (indices[:, 0], jnp.isfinite(values), student, teacher)
   )
   rows = _rows_to_write(own, finite, num_examples)
-  after = CRDMemory(
+  remembered = CRDMemory(
     _remember(memory.student, own, rows, student, momentum),
     _remember(memory.teacher, own, rows, teacher, momentum),
     student_norm,
     teacher_norm,
   )
-  return values, after
+  return values, remembered
 
 
 def _check_memory(embeddings: jax.Array, indices: jax.Array, memory: CRDMemory) -> None:
@@ -135,21 +135,52 @@ def _check_memory(embeddings: jax.Array, indices: jax.Array, memory: CRDMemory) 
   check_same("width", student_embeddings=embeddings.shape[1:], memory=memory.student.shape[1:])
 
 
-def _log_scores(
+def _one_way(
   anchors: jax.Array,
-  entries: jax.Array,
+  bank: jax.Array,
+  indices: jax.Array,
   norm: jax.Array,
-  num_examples: int,
   temperature: jax.Array,
   axis_name: AxisName,
 ) -> tuple[jax.Array, jax.Array]:
-  """`v . entry / T - log Z` `[batch, 1 + negatives]`, and Z."""
-  scores = jnp.einsum("bd,bnd->bn", anchors, entries, precision=jax.lax.Precision.HIGHEST) / temperature
-  of_batch = jnp.exp(jax.nn.logsumexp(scores) + jnp.log(num_examples / scores.size))
+  """The NCE term of anchors against a bank `[batch]`, and Z."""
+  scores = jax.lax.stop_gradient(_products(anchors, bank, indices) / temperature)
+  of_batch = jnp.exp(jax.nn.logsumexp(scores) + jnp.log(bank.shape[0] / scores.size))
   first = of_batch if axis_name is None else jax.lax.pmean(of_batch, axis_name)
   first = jnp.minimum(first, jnp.finfo(norm.dtype).max).astype(norm.dtype)
   norm = jax.lax.stop_gradient(jnp.where(norm < 0, first, norm))
-  return scores - jnp.log(norm), norm
+  return _nce_of_bank(anchors, temperature, scores, norm, bank, indices), norm
+
+
+@jax.custom_jvp
+def _nce_of_bank(anchors, temperature, scores, norm, bank, indices):
+  """`_nce` of scores that are known already. Its slopes are taken here and not in the backward pass, which would have
+  to keep all rows that were read, or the bank as it was before the write.
+  """
+  del anchors, temperature, indices
+  return _nce(scores - jnp.log(norm), bank.shape[0])
+
+
+@functools.partial(_nce_of_bank.defjvp, symbolic_zeros=True)
+def _nce_of_bank_jvp(primals, tangents):
+  anchors, temperature, _, norm, bank, indices = primals
+  scores = _products(anchors, bank, indices) / temperature
+  values, pullback = jax.vjp(lambda scores: _nce(scores - jnp.log(norm), bank.shape[0]), scores)
+  (slopes,) = pullback(jnp.ones_like(values))
+  moved = jnp.zeros_like(values)
+  if not isinstance(tangents[0], SymbolicZero):
+    of_anchors = jax.lax.map(lambda row: jnp.matmul(row[0], _rows(bank, row[1]), precision=_HIGHEST), (slopes, indices))
+    values = after(values, of_anchors.sum(axis=-1))  # the bank is read before a write that waits for the values
+    moved = moved + jnp.sum(of_anchors * tangents[0], axis=-1) / temperature
+  if not isinstance(tangents[1], SymbolicZero):
+    moved = moved - jnp.sum(slopes * scores, axis=-1) / temperature * tangents[1]
+  return values, moved
+
+
+def _products(anchors: jax.Array, bank: jax.Array, indices: jax.Array) -> jax.Array:
+  """Inner products `[batch, 1 + negatives]` with rows of the bank, of which those of one anchor are held at a time."""
+  one = lambda row: jnp.matmul(_rows(bank, row[1]), row[0], precision=_HIGHEST)
+  return jax.lax.map(one, (anchors, indices))
 
 
 def _nce(log_scores: jax.Array, num_examples: int) -> jax.Array:
