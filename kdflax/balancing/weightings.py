@@ -121,8 +121,7 @@ def upgrad(gramian: jax.Array, *, preference: jax.Array | None = None, present: 
   p = normalise(gramian, present)
   share = preferred(p, preference)
   unit = jnp.eye(p.norms.shape[0], dtype=p.norms.dtype)
-  projections = jax.vmap(_solvers.dual_cone_projection, (None, 0))(p.cosines, unit)
-  weights = _solvers.matvec((share * p.norms), projections) * p.inverse_norms
+  weights = _solvers.dual_cone_sum(p.cosines, unit, share * p.norms) * p.inverse_norms
   return restrict(p, jnp.where(p.valid, weights, share))
 
 
@@ -154,7 +153,7 @@ def dual_projection(
   mixed = share * p.norms
   unit = jnp.abs(mixed).max()
   unit = jnp.where(unit > 0, unit, 1)
-  projection = _solvers.dual_cone_projection(p.cosines, mixed / unit) * unit
+  projection = _solvers.dual_cone_sum(p.cosines, (mixed / unit)[None], unit[None])
   return restrict(p, jnp.where(p.valid, projection * p.inverse_norms, share))
 
 
