@@ -182,7 +182,7 @@ def _noise(weights: jax.Array) -> jax.Array:
   return 4 * float(jnp.finfo(weights.dtype).eps) * jnp.abs(weights).sum(-1) ** 2
 
 
-def _rounding(weights: jax.Array) -> jax.Array:
+def rounding(weights: jax.Array) -> jax.Array:
   """Rounding of the products of cosines with weights `[..., T]`, which adds up like a random walk."""
   return 8 * float(jnp.finfo(weights.dtype).eps) * jnp.sqrt((weights * weights).sum(-1))
 
@@ -231,11 +231,11 @@ def dual_cone_sum(cosines: jax.Array, tasks: jax.Array, factors: jax.Array) -> j
     reached = matvec(cosines, total)
     length = jnp.sqrt(jnp.maximum(reached @ total, 0))
     # The promise is 1e-5 in cosine for float32; half of it, less what rounding may hide, is left to use here.
-    done = reached.min() >= _rounding(total) / 4 - eps**0.5 / 64 * length
-    missing = jnp.maximum(_rounding(weights) - products.min(1), 0)
+    done = reached.min() >= rounding(total) / 4 - eps**0.5 / 64 * length
+    missing = jnp.maximum(rounding(weights) - products.min(1), 0)
     return margins + 2 * missing, jnp.where(done, total, 0), done, tries + 1
 
-  start = 2 * _rounding(tasks), jnp.zeros(size, cosines.dtype), jnp.bool_(False), jnp.int32(0)
+  start = 2 * rounding(tasks), jnp.zeros(size, cosines.dtype), jnp.bool_(False), jnp.int32(0)
   return lax.while_loop(lambda carry: ~carry[2] & (carry[3] < _MAX_SOLVES), solve, start)[1]
 
 

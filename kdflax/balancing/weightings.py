@@ -269,12 +269,23 @@ def random_order(key: jax.Array, num_tasks: int) -> jax.Array:
   return jax.vmap(lambda key: jax.random.permutation(key, num_tasks))(jax.random.split(key, num_tasks))
 
 
+def _equal_products(p: _solvers.Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return `v = pinv(C) 1`, its products `C v` with the unit rows, and the rounding of these; 0 for zero rows.
+
+  The products are 1 where a direction has equal cosines with all rows; otherwise the nearest that one can have.
+  """
+  ones = p.valid.astype(p.norms.dtype)
+  share = jnp.where(p.valid, _solvers.masked_inverse_product(p.cosines, ones, p.norms.shape[0]), 0)
+  return share, ones * _solvers.matvec(p.cosines, share), _solvers.rounding(ones) + _solvers.rounding(share)
+
+
 def imtl_g(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
   """Return the weights of the direction with equal projections on all gradients.
 
   d.g_i / |g_i| is the same for every task and the weights add up to 1: `C u = 1`, `w = (u / |g|) / sum(u / |g|)`.
   Weights may be negative, and where the sum of u / |g| is negative the direction conflicts with all tasks;
-  `conflict_free` has the same line and never that sign. Zero where that sum is zero. A zero row has weight 0.
+  `conflict_free` has the same line and never that sign. Zero where that sum is zero. More tasks than dimensions may
+  leave no such direction: then `u = pinv(C) 1`, the nearest, and zero if that is zero. A zero row has weight 0.
 
   Args:
     gramian: inner products of the task gradients, `[T, T]`.
@@ -291,19 +302,22 @@ def imtl_g(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array
     rows are shared between, and no task is lost because its gradient is small.
   """
   p = normalise(gramian, present)
-  share = _solvers.masked_inverse_product(p.cosines, p.valid.astype(p.norms.dtype), p.norms.shape[0])
+  share, products, rounding = _equal_products(p)
   smallest = jnp.where(p.valid, p.norms, jnp.inf).min()
   share = share * jnp.where(p.valid, smallest * p.inverse_norms, 0)
   total = share.sum()
   noise = share.shape[0] * jnp.finfo(share.dtype).eps * jnp.abs(share).sum()
-  return restrict(p, jnp.where(jnp.abs(total) > noise, share / jnp.where(total == 0, 1, total), 0))
+  exists = (products.max() > rounding) & (jnp.abs(total) > noise)
+  return restrict(p, jnp.where(exists, share / jnp.where(exists, total, 1), 0))
 
 
 def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
   """Return the weights of the direction with equal, positive cosines to all gradients (ConFIG).
 
   `v = pinv(C) 1`, the unit vector of `v @ unit rows`, as long as the mean over the tasks of the gradients' projections
-  on it. With opposed gradients there is no such direction and the weights are 0. A zero row has weight 0; T counts it.
+  on it. More tasks than dimensions may leave no such direction: then this is the least-squares one, as long as its
+  cosines are all positive beyond rounding, though they differ; where one is not, as among opposed gradients, the weights
+  are 0. A zero row has weight 0; T counts it.
 
   Args:
     gramian: inner products of the task gradients, `[T, T]`.
@@ -320,13 +334,11 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
     authors sum the projections over the tasks where this takes the mean.
   """
   p = normalise(gramian, present)
-  ones = p.valid.astype(p.norms.dtype)
-  share = jnp.where(p.valid, _solvers.masked_inverse_product(p.cosines, ones, p.norms.shape[0]), 0)
-  products = _solvers.matvec(p.cosines, share)
-  squared_norm = share @ products
-  exists = squared_norm > 0
-  length = (p.norms * ones) @ products / p.number
-  return restrict(p, jnp.where(exists, share * p.inverse_norms * length / jnp.where(exists, squared_norm, 1), 0))
+  share, products, rounding = _equal_products(p)
+  exists = p.valid.any() & (jnp.where(p.valid, products, jnp.inf).min() > rounding)
+  squared_norm = jnp.where(exists, share @ products, 1)
+  length = p.norms @ products / p.number
+  return restrict(p, jnp.where(exists, share * p.inverse_norms * length / squared_norm, 0))
 
 
 def aligned_mtl(gramian: jax.Array, *, scale: str = "min", present: jax.Array | None = None) -> jax.Array:

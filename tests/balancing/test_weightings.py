@@ -142,6 +142,41 @@ def test_equal_cosines(name):
       assert name == "imtl_g" or found.min() > 0, label
 
 
+THREE_WAYS = [[np.cos(angle), np.sin(angle)] for angle in 2 * np.pi / 3 * np.arange(3)]  # their sum is 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+  ("name", "rows"),
+  [
+    ("conflict_free", [[1, 2], [-1, -2], [0.5, 1]]),
+    ("conflict_free", THREE_WAYS),
+    ("imtl_g", THREE_WAYS),
+    ("conflict_free", [[1, 2], [-3, -6]]),
+    ("imtl_g", [[1, 2], [-3, -6]]),
+  ],
+)
+def test_no_direction_has_equal_cosines(name, rows, dtype):
+  """Also when the rows are stretched and turned, so that products that should be 0 are rounding."""
+  rng = np.random.default_rng(0)
+  with float64():
+    for _ in range(20):
+      turn, _ = np.linalg.qr(rng.normal(size=(6, 2)))
+      gradients = (rng.uniform(0.1, 10, (len(rows), 1)) * rows @ turn.T).astype(dtype)
+      np.testing.assert_array_equal(solve(name, gradients), np.zeros(len(rows)))
+    np.testing.assert_array_equal(solve(name, np.array(rows, dtype)), np.zeros(len(rows)))
+
+
+@pytest.mark.parametrize("tasks", SIZES)
+def test_conflict_free_is_free_of_conflict(tasks):
+  for label, gradients in adversarial(tasks):
+    gradients = gradients.astype(np.float32)
+    direction = solve("conflict_free", gradients) @ gradients.astype(np.float64)
+    if "nearly opposed" not in label:  # there the Gramian has lost half of its digits
+      assert cosines(direction, gradients.astype(np.float64)).min() >= -1e-5, label
+    assert direction.any() or "zero" in label or "opposed" in label or gradients.shape[1] < tasks, label
+
+
 def test_aligned_mtl_makes_the_system_orthogonal():
   """With "min" the aligned gradients have all singular values equal to the smallest."""
   with float64():
