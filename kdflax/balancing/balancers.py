@@ -46,7 +46,6 @@ class Inputs(NamedTuple):
   losses: jax.Array  # [T], 1 where not usable
   gramian: Any  # [T, T], or None where the method does not need it
   key: Any
-  present: jax.Array  # [T] bool
   usable: jax.Array  # [T] bool: present with a loss that the method can use
   number: jax.Array  # how many are usable, at least 1
 
@@ -92,7 +91,6 @@ def make_balancer(
   init: Callable[[int], PyTree],
   weigh: Callable[[Inputs, Any], tuple[jax.Array, PyTree]],
   *,
-  uses_losses: bool = True,
   positive: bool = False,
   needs_gramian: bool = False,
   needs_key: bool = False,
@@ -125,15 +123,12 @@ def make_balancer(
     if present is None:
       present = jnp.ones(tasks, bool)
     check_present(present, tasks)
+    usable = present & jnp.isfinite(losses)
     if positive:
-      check_positive(losses, present, name)
-    usable = present
-    if uses_losses:
-      usable &= jnp.isfinite(losses)
-      if positive:
-        usable &= losses > 0
-      losses = jnp.where(usable, losses, 1)
-    inputs = Inputs(losses, gramian, key, present, usable, jnp.maximum(usable.sum(), 1))
+      check_positive(losses, usable, name)
+      usable &= losses > 0
+    losses = jnp.where(usable, losses, 1)
+    inputs = Inputs(losses, gramian, key, usable, jnp.maximum(usable.sum(), 1))
     weights, moved = weigh(inputs, state)
     moved = jax.tree.map(lambda new, old: jnp.asarray(new).astype(jnp.asarray(old).dtype), moved, state)
     return jnp.where(usable, weights, 0).astype(losses.dtype), moved
@@ -203,9 +198,9 @@ def from_weighting(weighting: Callable[..., jax.Array], *, random_order: bool = 
 
   def weigh(x: Inputs) -> jax.Array:
     order = (weightings.random_order(x.key, x.losses.shape[0]),) if random_order else ()
-    return weighting(x.gramian, *order, present=x.present)
+    return weighting(x.gramian, *order, present=x.usable)
 
-  return stateless(name, weigh, uses_losses=False, needs_gramian=True, needs_key=random_order)
+  return stateless(name, weigh, needs_gramian=True, needs_key=random_order)
 
 
 class GradNormState(NamedTuple):
@@ -288,7 +283,7 @@ def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
     return GradVacState(jnp.zeros((num_tasks, num_tasks)))
 
   def weigh(x: Inputs, state: GradVacState):
-    p = normalise(x.gramian, x.present)
+    p = normalise(x.gramian, x.usable)
     own = jnp.arange(p.norms.shape[0])
     dtype = p.norms.dtype
     eps = jnp.finfo(dtype).eps
@@ -311,7 +306,7 @@ def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
     weights = rows.sum(0) * p.inverse_norms / p.number
     return restrict(p, jnp.where(p.valid, weights, 1 / p.number)), GradVacState(target)
 
-  return make_balancer("grad_vac", init, weigh, uses_losses=False, needs_gramian=True, needs_key=True)
+  return make_balancer("grad_vac", init, weigh, needs_gramian=True, needs_key=True)
 
 
 class SmoothedState(NamedTuple):

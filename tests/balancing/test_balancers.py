@@ -139,9 +139,28 @@ def test_bad_losses_never_reach_the_state(name):
   state = BALANCERS[name].init(3)
   for bad in (0.0, -1.0, np.nan, np.inf):
     weights, state = jitted(name)(losses_at(0) * np.array([1, bad, 1], np.float32), state, **inputs_at(0))
-    if name in LOGARITHMIC:
+    if name in LOGARITHMIC or not np.isfinite(bad):
       assert weights[1] == 0 and np.isfinite(weights).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", COMBINERS)
+def test_what_is_not_finite_counts_as_absent(name):
+  """A loss, or one entry of a gradient: direction and state are those with the task absent, at once and later."""
+  update, key = jitted_combiner(name), jax.random.key(0)
+  state = COMBINERS[name].init(gradients_at(0))
+  _, state = update(losses_at(0), gradients_at(0), state, key=key)
+  expected, expected_state = update(losses_at(1), gradients_at(1), state, key=key, present=np.arange(3) != 1)
+  for bad in (np.nan, np.inf, -np.inf):
+    losses, gradients = losses_at(1), gradients_at(1)
+    losses[1] = bad
+    broken = {**gradients, "w": gradients["w"].copy()}
+    broken["w"][1, 0, 2] = bad
+    for given in ((losses, gradients), (losses, broken), (losses_at(1), broken)):
+      direction, after = update(*given, state, key=key)
+      jax.tree.map(np.testing.assert_array_equal, (direction, after), (expected, expected_state))
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((direction, after)))
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(direction))
 
 
 @pytest.mark.parametrize("name", [*LOGARITHMIC, "db_mtl"])
@@ -451,6 +470,23 @@ def test_excess_mtl_favours_the_task_whose_gradients_do_not_fall():
   zero_first = combiner.update(np.ones(2, np.float32), [rows * [[1], [0]]], combiner.init([rows]))[1]
   _, after = combiner.update(np.ones(2, np.float32), [rows], zero_first)
   assert np.isfinite(after.weights).all()
+
+
+def test_excess_mtl_weights_come_back_from_nothing():
+  """Three hundred e-folds are below the smallest float32, and a weight of 0 would stay 0."""
+  combiner = balancing.excess_mtl(learning_rate=1.0)
+  rows = np.eye(2, dtype=np.float32)
+  update = jax.jit(combiner.update)
+  state = combiner.init([rows])
+  for scale in ([[1], [1]], *[[[1], [300]]] * 3):
+    direction, state = update(np.ones(2, np.float32), [rows * np.array(scale, np.float32)], state)
+  assert state.weights[0] > 0
+  direction, alone = update(np.ones(2, np.float32), [rows], state, present=np.array([True, False]))
+  assert_close(direction[0], rows[0], 1e-6)
+  assert np.isfinite(alone.weights).all()
+  for _ in range(3):
+    _, state = update(np.ones(2, np.float32), [rows * np.array([[1e4], [1e-4]], np.float32)], state)
+  assert state.weights[0] > 0.99
 
 
 def test_from_function_needs_its_key():
