@@ -344,9 +344,15 @@ def fair_point(cosines: jax.Array, log_norms: jax.Array, power: jax.Array | floa
   return jnp.exp(newton((u, None, 0))[0])
 
 
-def masked_inverse_product(matrix: jax.Array, vector: jax.Array, count: jax.Array | int) -> jax.Array:
-  """Multiply by the pseudo-inverse of a symmetric matrix; eigenvalues below `count eps` of the largest are zero."""
-  values, vectors = jnp.linalg.eigh(matrix)
-  kept = values > count * jnp.finfo(matrix.dtype).eps * values[-1]
+def equal_products(problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return `v = pinv(C) 1`, its products `C v` with the unit rows, and the rounding of these; 0 for zero rows.
+
+  The products are 1 where a direction has equal cosines with all rows; otherwise the nearest that one can have.
+  Eigenvalues of C below `T eps` of the largest are zero.
+  """
+  ones = problem.valid.astype(problem.norms.dtype)
+  values, vectors = jnp.linalg.eigh(problem.cosines)
+  kept = values > ones.shape[0] * jnp.finfo(ones.dtype).eps * values[-1]
   inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-  return matvec(vectors, inverse * matvec(vectors.T, vector))
+  share = ones * matvec(vectors, inverse * matvec(vectors.T, ones))
+  return share, ones * matvec(problem.cosines, share), rounding(ones) + rounding(share)

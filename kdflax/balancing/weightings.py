@@ -269,16 +269,6 @@ def random_order(key: jax.Array, num_tasks: int) -> jax.Array:
   return jax.vmap(lambda key: jax.random.permutation(key, num_tasks))(jax.random.split(key, num_tasks))
 
 
-def _equal_products(p: _solvers.Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Return `v = pinv(C) 1`, its products `C v` with the unit rows, and the rounding of these; 0 for zero rows.
-
-  The products are 1 where a direction has equal cosines with all rows; otherwise the nearest that one can have.
-  """
-  ones = p.valid.astype(p.norms.dtype)
-  share = jnp.where(p.valid, _solvers.masked_inverse_product(p.cosines, ones, p.norms.shape[0]), 0)
-  return share, ones * _solvers.matvec(p.cosines, share), _solvers.rounding(ones) + _solvers.rounding(share)
-
-
 def imtl_g(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
   """Return the weights of the direction with equal projections on all gradients.
 
@@ -302,7 +292,7 @@ def imtl_g(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array
     rows are shared between, and no task is lost because its gradient is small.
   """
   p = normalise(gramian, present)
-  share, products, rounding = _equal_products(p)
+  share, products, rounding = _solvers.equal_products(p)
   smallest = jnp.where(p.valid, p.norms, jnp.inf).min()
   share = share * jnp.where(p.valid, smallest * p.inverse_norms, 0)
   total = share.sum()
@@ -334,7 +324,7 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
     authors sum the projections over the tasks where this takes the mean.
   """
   p = normalise(gramian, present)
-  share, products, rounding = _equal_products(p)
+  share, products, rounding = _solvers.equal_products(p)
   exists = p.valid.any() & (jnp.where(p.valid, products, jnp.inf).min() > rounding)
   squared_norm = jnp.where(exists, share @ products, 1)
   length = p.norms @ products / p.number
