@@ -321,8 +321,9 @@ def test_the_update_of_a_recipe_is_the_gradient_of_the_sum_by_hand(title):
   names, calls = _execute(title)
   assert calls
   part = re.compile("head" if title == "Freezing and unfreezing by path" else "")
+  end = ENDS.get(title, lambda path, leaf: leaf)
   for call in calls:
-    _assert_descends(call, _by_hand(title, call, _wide(names["batch"])), part.search, ENDS.get(title, lambda path, leaf: leaf))
+    _assert_descends(call, _by_hand(title, call, _wide(names["batch"])), part.search, end)
   if title == "Mean teacher":
     (call,) = calls
     mean = lambda average, student: 0.9 * average + 0.1 * student

@@ -286,7 +286,7 @@ def excess_mtl(*, learning_rate: float = 0.01) -> Combiner:
     relative = jnp.where(state.known & (initial > 0), excess / jnp.where(initial > 0, initial, 1), 0)
     logits = jnp.log(state.weights) + learning_rate * relative
     weights = shares_of(jnp.minimum(logits, jnp.finfo(logits.dtype).max), present)
-    # The sum of the stored weights stays 1: present tasks share out what they had. A weight of 0 could never grow again.
+    # The sum of the stored weights stays 1: present tasks share out what they had. From 0 a weight could never grow.
     shared = weights * jnp.where(present, state.weights, 0).sum()
     stored = jnp.where(present, jnp.maximum(shared, jnp.finfo(shared.dtype).tiny), state.weights)
     direction = combine(gradients, weights, present=present)

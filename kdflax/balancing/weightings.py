@@ -305,9 +305,9 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
   """Return the weights of the direction with equal, positive cosines to all gradients (ConFIG).
 
   `v = pinv(C) 1`, the unit vector of `v @ unit rows`, as long as the mean over the tasks of the gradients' projections
-  on it. More tasks than dimensions may leave no such direction: then this is the least-squares one, as long as its
-  cosines are all positive beyond rounding, though they differ; where one is not, as among opposed gradients, the weights
-  are 0. A zero row has weight 0; T counts it.
+  on it. More tasks than dimensions may leave no such direction. Then this is the least-squares one, with cosines that
+  differ, if all of them are positive beyond rounding; otherwise, as among opposed gradients, the weights are 0. A zero
+  row has weight 0; T counts it.
 
   Args:
     gramian: inner products of the task gradients, `[T, T]`.

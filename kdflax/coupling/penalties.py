@@ -1,7 +1,13 @@
 """Penalties that tie the parameters of several tasks together, projections, and a proximal step for Optax.
 
 Leaves are coupled as matrices: a kernel `[..., out]` as `[prod(...), out]`, a vector as one column, a scalar as `1 x
-1`. Everything works leaf by leaf; parameters are never flattened into one vector, so their shardings survive.
+1`. Everything works leaf by leaf; parameters are never flattened into one vector.
+
+Sharded parameters under `jit`: `l2_coupling` gathers nothing, whatever the layout. The trace norms are made of products
+over the longer side of a matrix. They gather nothing from a matrix sharded on its longer side, nor from a kernel
+`[h, w, in, out]` or a stack `[..., tasks]` sharded on the largest axis before the last. A leaf sharded otherwise (on
+the shorter side, on another axis, on two axes) is gathered, and so is every one by the method `svd`, which `auto` takes
+on a CPU for m < 1.5 n. The unfolding `train` may gather, and the proximal step always does, for its SVD.
 """
 
 import functools
@@ -47,7 +53,7 @@ def l2_coupling(task_params: Sequence[Any], projections: Projection | Sequence[P
   network parser", 2015. The expanded form `T sum |Z_i|^2 - |sum Z_i|^2` loses all digits in float32 under an offset.
   """
   total = jnp.zeros((), jnp.float32)
-  for leaves in _task_matrices(task_params, projections):
+  for leaves in _task_leaves(task_params, projections):
     # Relative to the first task: equal tasks give exact zeros, which a rounded mean would not.
     stacked = jnp.stack([leaf - leaves[0] for leaf in leaves])
     centred = stacked - jnp.mean(stacked, 0)
@@ -88,9 +94,10 @@ def trace_norm_coupling(
   penalises the stacked parameters (`stacked_trace_norm`) and so also shrinks what the tasks share; differences do not.
   """
   by_shape: dict[Any, list[jax.Array]] = {}
-  for leaves in _task_matrices(task_params, projections):
-    differences = [first - second for first, second in itertools.combinations(leaves, 2)]
-    by_shape.setdefault((leaves[0].shape, leaves[0].dtype), []).extend(differences)
+  for leaves in _task_leaves(task_params, projections):
+    matrices = [_rows_in_any_order(leaf) for leaf in leaves]
+    differences = [first - second for first, second in itertools.combinations(matrices, 2)]
+    by_shape.setdefault((matrices[0].shape, matrices[0].dtype), []).extend(differences)
   total = jnp.zeros((), jnp.float32)
   for differences in by_shape.values():
     matrices = after(jnp.stack(differences), total)  # one decomposition at a time
@@ -154,9 +161,9 @@ def _tasks_last(name: str, leaf: jax.Array, task_axis: int) -> jax.Array:
 def _unfold(tensor: jax.Array, unfolding: str) -> list[jax.Array]:
   shape = tensor.shape
   if unfolding == "last":
-    return [_as_matrix(tensor)]
+    return [_rows_in_any_order(tensor)]
   if unfolding == "tucker":
-    return [_as_matrix(jnp.moveaxis(tensor, axis, -1)) for axis in range(tensor.ndim)]
+    return [_rows_in_any_order(jnp.moveaxis(tensor, axis, -1)) for axis in range(tensor.ndim)]
   return [tensor.reshape(math.prod(shape[:axis]), -1) for axis in range(1, tensor.ndim)]
 
 
@@ -244,8 +251,18 @@ def _as_matrix(leaf: jax.Array) -> jax.Array:
   return leaf.reshape(-1, leaf.shape[-1] if leaf.ndim > 1 else 1)
 
 
-def _task_matrices(task_params: Sequence[Any], projections: Projection | Sequence[Projection] | None):
-  """Yields for each leaf the list of its T matrices, in float32 or wider."""
+def _rows_in_any_order(leaf: jax.Array) -> jax.Array:
+  """`_as_matrix` for what does not depend on the order of the rows: the largest axis leads them.
+
+  Merged axes keep the sharding of the first of them alone, and the largest is the one that is worth sharding.
+  """
+  if leaf.ndim > 2:
+    leaf = jnp.moveaxis(leaf, max(range(leaf.ndim - 1), key=lambda axis: leaf.shape[axis]), 0)
+  return _as_matrix(leaf)
+
+
+def _task_leaves(task_params: Sequence[Any], projections: Projection | Sequence[Projection] | None):
+  """Yields for each leaf the list of its T versions, in float32 or wider."""
   tasks = list(task_params)
   if len(tasks) < 2:
     raise ValueError(f"coupling needs a sequence of at least 2 tasks' parameters, got {len(tasks)}.")
@@ -258,9 +275,9 @@ def _task_matrices(task_params: Sequence[Any], projections: Projection | Sequenc
   for task in range(1, len(tasks)):
     _check_alike(flat[0], flat[task], task)
   for path in flat[0]:
-    matrices = [_as_matrix(jnp.asarray(leaves[path])) for leaves in flat]
-    dtype = jnp.promote_types(jnp.result_type(*matrices), jnp.float32)
-    yield [matrix.astype(dtype) for matrix in matrices]
+    versions = [jnp.asarray(leaves[path]) for leaves in flat]
+    dtype = jnp.promote_types(jnp.result_type(*versions), jnp.float32)
+    yield [version.astype(dtype) for version in versions]
 
 
 def _check_alike(first: dict[str, Any], other: dict[str, Any], task: int) -> None:
@@ -299,9 +316,9 @@ def proximal_trace_norm(
       optax.masked(proximal_trace_norm(rate * weight), mask)          to leave leaves out
 
   Every leaf is taken as the matrix `[all other axes, task_axis]`. For the kernel of a layer, with the last axis, this
-  makes the layer low-rank; for a leaf stacked over tasks on that axis it draws the tasks into a low-dimensional span and
-  is the proximal form of `stacked_trace_norm`; for a vector it shrinks the L2 norm. `models.soft_sharing` stacks tasks
-  first: `task_axis=0`, and a mask that leaves its heads out.
+  makes the layer low-rank; for a leaf stacked over tasks on that axis it draws the tasks into a low-dimensional span
+  and is the proximal form of `stacked_trace_norm`; for a vector it shrinks the L2 norm. `models.soft_sharing` stacks
+  tasks first: `task_axis=0`, and a mask that leaves its heads out.
 
   Its update is `prox(params + updates) - params`, so that `optax.apply_updates` lands on the proximal point. With plain
   gradient steps of size `rate` this is proximal gradient descent on `loss + weight ||.||_*`, and `threshold` is

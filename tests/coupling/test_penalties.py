@@ -133,6 +133,41 @@ def test_sharded_parameters_give_the_result_of_one_device(penalty):
     assert np.linalg.norm(np.asarray(a) - b) <= 1e-5 * np.linalg.norm(b)
 
 
+def collectives(penalty, shape, spec, count=3):
+  """Lines of the compiled value and gradient that move more than a reduction, over leaves of one shape and layout."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  layout = NamedSharding(mesh, spec)
+  tasks = [jax.device_put(np.random.default_rng(i).normal(size=shape).astype(np.float32), layout) for i in range(count)]
+  compute = jax.jit(jax.value_and_grad(penalty), out_shardings=(None, [layout] * count))
+  text = compute.lower(tasks).compile().as_text()
+  assert " all-reduce(" in text
+  moves = (" all-gather", " all-to-all", " collective-permute")
+  return [line for line in text.splitlines() if any(f"{move}(" in line or f"{move}-start(" in line for move in moves)]
+
+
+@pytest.mark.parametrize(
+  ("penalty", "shape", "spec"),
+  [
+    (l2_coupling, (1024, 16), P("data", None)),
+    (l2_coupling, (64, 64), P(None, "data")),
+    (l2_coupling, (3, 3, 64, 16), P(None, None, "data", None)),
+    (l2_coupling, (3, 3, 16, 64), P(None, None, None, "data")),
+    (trace_norm_coupling, (1024, 16), P("data", None)),
+    (trace_norm_coupling, (16, 1024), P(None, "data")),
+    (trace_norm_coupling, (3, 3, 64, 16), P(None, None, "data", None)),
+    (lambda leaves: sum(map(stacked_trace_norm, leaves)), (64, 16, 3), P("data", None, None)),
+    (lambda leaves: sum(map(stacked_trace_norm, leaves)), (16, 64, 3), P(None, "data", None)),
+  ],
+)
+def test_common_layouts_are_not_gathered(penalty, shape, spec):
+  assert collectives(penalty, shape, spec) == []
+
+
+def test_the_short_side_is_gathered():
+  """So the sweep above can fail."""
+  assert collectives(trace_norm_coupling, (1024, 16), P(None, "data"))
+
+
 def test_row_sharded_parameters_are_not_gathered():
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   rows = NamedSharding(mesh, P("data", None))
