@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from kdflax.balancing import weightings
 from kdflax.balancing._solvers import check_gramian, check_present, matvec, normalise, restrict
-from kdflax.balancing.gradients import stack_losses
+from kdflax.balancing.gradients import losses_array, stack_losses
 
 PyTree = Any
 
@@ -67,7 +67,7 @@ def joint_loss(losses: PyTree, weights: PyTree, *, present: jax.Array | None = N
   names, given = jax.tree.structure(losses), jax.tree.structure(weights)
   if given != names and given.num_nodes > 1:
     raise ValueError(f"weights must be [T] or a pytree like that of the losses, {names}; got {given}.")
-  losses, weights = stack_losses(losses), stack_losses(weights)
+  losses, weights = stack_losses(losses), stack_losses(weights, "weights")
   if weights.shape != losses.shape:
     raise ValueError(f"weights must have shape {losses.shape}, one entry for each loss; got {weights.shape}.")
   if present is not None:
@@ -81,9 +81,12 @@ def check_positive(losses: jax.Array, present: jax.Array, name: str) -> None:
   if isinstance(losses, Tracer) or isinstance(present, Tracer):
     return
   with jax.ensure_compile_time_eval():
-    any_bad = bool((~(losses > 0) & present).any())
-  if any_bad:
-    raise ValueError(f"{name} takes the logarithm of the losses, which must be positive; got {losses}.")
+    tasks = jnp.flatnonzero(~(losses > 0) & present).tolist()
+  if tasks:
+    raise ValueError(
+      f"{name} takes the logarithm of the losses, which must be positive; "
+      f"that of task {tasks[0]} is {losses[tasks[0]]}."
+    )
 
 
 def make_balancer(
@@ -103,11 +106,10 @@ def make_balancer(
     return init(num_tasks)
 
   def update(losses, state, *, gramian=None, key=None, present=None):
-    losses = lax.stop_gradient(jnp.asarray(losses))
+    losses = losses_array(losses, name)
     if losses.ndim != 1 or not losses.shape[0]:
       raise ValueError(f"{name}: losses must have shape (T,); got {losses.shape}.")
     tasks = losses.shape[0]
-    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
     if needs_gramian and gramian is None:
       raise ValueError(
         f"{name} needs the Gramian of the task gradients: update(losses, state, gramian=gramian(gradients))."

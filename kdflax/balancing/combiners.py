@@ -18,7 +18,7 @@ from jax import lax
 
 from kdflax.balancing._solvers import check_present, matvec
 from kdflax.balancing.balancers import Balancer, check_positive, shares_of
-from kdflax.balancing.gradients import combine, gramian, num_tasks
+from kdflax.balancing.gradients import combine, gramian, losses_array, num_tasks
 
 PyTree = Any
 
@@ -65,7 +65,7 @@ def _wide(leaf: jax.Array) -> jax.Array:
 
 def _usable(losses: jax.Array, gradients: PyTree, present: jax.Array | None, name: str) -> tuple[jax.Array, jax.Array]:
   """Return wide losses, and which tasks take part: those present whose loss and whole gradient are finite."""
-  losses = _wide(lax.stop_gradient(jnp.asarray(losses)))
+  losses = losses_array(losses, name)
   tasks = num_tasks(gradients)
   if losses.shape != (tasks,):
     raise ValueError(f"{name}: losses must have shape ({tasks},) like the gradients; got {losses.shape}.")

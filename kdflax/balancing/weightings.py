@@ -73,12 +73,14 @@ def cagrad(gramian: jax.Array, *, c: jax.Array | float = 0.5, present: jax.Array
     Weights `[T]`, non-negative.
 
   Raises:
-    ValueError: the Gramian is not square, or `present` is not `[T]` bool.
+    ValueError: the Gramian is not square, `present` is not `[T]` bool, or c is known to be negative.
 
   Reference:
     Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, 2021, arXiv:2110.14048. Not divided by 1 +
     c^2, which the authors' code does; TorchJD does not either, and returns 0 where g_w is 0.
   """
+  if isinstance(c, (int, float)) and not c >= 0:
+    raise ValueError(f"c must be at least 0; got {c}.")
   p = normalise(gramian, present)
   mean = jnp.where(p.present, 1 / p.number, 0).astype(p.norms.dtype)
   scaled = p.norms * mean
@@ -195,7 +197,8 @@ def fair_grad(gramian: jax.Array, *, alpha: jax.Array | float = 1.0, present: ja
     present: which tasks take part, `[T]` bool; all when None.
 
   Returns:
-    Weights `[T]`, positive. Exactly opposed gradients have no solution; the weights are then large and finite.
+    Weights `[T]`, positive (a large alpha may ask for less than the smallest float: 0). Exactly opposed gradients have
+    no solution; the weights are then large and finite.
 
   Raises:
     ValueError: the Gramian is not square, `present` is not `[T]` bool, or alpha is not positive.

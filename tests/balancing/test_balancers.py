@@ -168,7 +168,7 @@ def test_known_losses_must_be_positive(name):
   losses = jnp.array([1.0, 0.0, 2.0])
   gradients = gradients_at(0)
   combiner = COMBINERS[name]
-  with pytest.raises(ValueError, match="must be positive"):
+  with pytest.raises(ValueError, match=r"must be positive; that of task 1 is 0\.0"):
     combiner.update(losses, gradients, combiner.init(gradients), key=jax.random.key(0))
   absent = jnp.array([True, False, True])
   jax.eval_shape(lambda state: combiner.update(losses, gradients, state, present=absent), combiner.init(gradients))
@@ -381,6 +381,20 @@ def test_joint_loss():
     balancing.joint_loss(named, {"left": jnp.float32(1.0), "middle": jnp.float32(1.0)})
   with pytest.raises(ValueError, match="one entry for each loss"):
     balancing.joint_loss(named, jnp.ones(3))
+  for weights in (2.0, jnp.ones((2, 1))):
+    with pytest.raises(ValueError, match=r"^weights must be an array \[T\]"):
+      balancing.joint_loss(named, weights)
+
+
+@pytest.mark.parametrize("name", COMBINERS)
+def test_losses_by_name_are_refused(name):
+  combiner, losses = COMBINERS[name], {"left": jnp.ones(()), "right": jnp.ones(())}
+  gradients, key = gradients_at(0, 2), jax.random.key(0)
+  with pytest.raises(ValueError, match=r"losses must be one array \[T\]; got a dict.*jnp\.stack"):
+    combiner.update(losses, gradients, combiner.init(gradients), key=key)
+  if name in BALANCERS:
+    with pytest.raises(ValueError, match=rf"^{name.split()[0]}.*losses must be one array \[T\]; got a dict"):
+      BALANCERS[name].update(losses, BALANCERS[name].init(2), gramian=jnp.eye(2), key=key)
 
 
 # --- combiners --------------------------------------------------------------------------------------------------------

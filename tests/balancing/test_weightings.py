@@ -117,18 +117,25 @@ def test_cagrad_reaches_its_dual_bound(tasks):
         assert gap.max() < 1e-5, label
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-4), (np.float64, 1e-9)])
 @pytest.mark.parametrize("alpha", [0.25, 1.0, 2.0, 8.0])
-def test_fair_grad_solves_its_equation(alpha):
+def test_fair_grad_solves_its_equation(alpha, dtype, tolerance):
+  """Task by task, against what its own sum adds up: a large row hides no other."""
   with float64():
     weigh = jax.jit(balancing.fair_grad)
-    for tasks in (1, 2, 3, 8):
-      for scale in (1, 10.0 ** np.linspace(-2, 2, tasks)[:, None]):
-        gradients = random(tasks, 4 * tasks + 2) * scale
+    for tasks in SIZES:
+      for reach in (0, 2, 4):
+        gradients = random(tasks, 4 * tasks + 2) * 10.0 ** np.linspace(-reach, reach, tasks)[:, None]
         products = gradients @ gradients.T
-        weights = np.asarray(weigh(jnp.asarray(products), alpha=alpha))
-        power = weights ** (-1 / alpha)
-        assert np.abs(products @ weights - power).max() <= 1e-9 * (np.abs(products) @ weights + power).max()
-        assert (weights > 0).all()
+        exact = np.asarray(weigh(jnp.asarray(products), alpha=alpha))
+        kept = exact > np.finfo(dtype).tiny  # alpha = 8 leaves a large row a weight of 1e-50
+        products = products.astype(dtype)
+        weights = np.asarray(weigh(jnp.asarray(products), alpha=alpha), np.float64)
+        assert (weights > 0)[kept].all(), (tasks, reach)
+        power = weights[kept] ** (-1 / alpha)
+        products = products[kept][:, kept]
+        error = np.abs(products @ weights[kept] - power) / (np.abs(products) @ weights[kept] + power)
+        assert error.max() <= tolerance, (tasks, reach)
 
 
 @pytest.mark.parametrize("name", ["imtl_g", "conflict_free"])
@@ -304,7 +311,7 @@ def expected_for_one(name):
   return 1.5 if name == "cagrad" else None if name in ("nash_mtl", "fair_grad") else 1.0
 
 
-@pytest.mark.parametrize("tasks", (1, 3, 64))
+@pytest.mark.parametrize("tasks", SIZES)
 @pytest.mark.parametrize("name", METHODS)
 def test_identical_gradients(name, tasks):
   """T identical gradients g give g, and T = 1 is the identity; (1 + c) g for cagrad, an equation for nash and fair."""
@@ -321,10 +328,15 @@ def test_identical_gradients(name, tasks):
 @pytest.mark.parametrize("factor", [2.0**-17, 2.0**17])  # exact in binary: rounding is that of the method alone
 @pytest.mark.parametrize("name", METHODS)
 def test_scale_equivariance(name, factor):
-  for gradients in (random(3, 20), random(8, 34), random(3, 20) * [[1e-2], [1], [1e2]]):
+  cases = {"three": random(3, 20), "scaled three": random(3, 20) * [[1e-2], [1], [1e2]], **dict(adversarial(8))}
+  for label, gradients in cases.items():
     gradients = gradients.astype(np.float32)
-    one, other = solve(name, gradients) @ gradients, solve(name, np.float32(factor) * gradients) @ gradients
-    assert_close(other / np.linalg.norm(other), one / np.linalg.norm(one), 2e-4)
+    weights, scaled_weights = solve(name, gradients), solve(name, np.float32(factor) * gradients)
+    one, other = (w / np.abs(w).max() if w.any() else w for w in (weights, scaled_weights))
+    # Only fair_grad takes a power of the scale, which rounds, and opposed rows without a solution multiply that.
+    tolerance = 2e-4 if name in ("nash_mtl", "fair_grad") else 1e-6
+    reach = np.abs(one) @ np.linalg.norm(gradients, axis=1)
+    assert np.linalg.norm((other - one) @ gradients) <= tolerance * reach, label
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -444,6 +456,8 @@ def test_shapes_are_checked(name):
     (lambda g: balancing.krum(g, num_byzantine=0, num_selected=4), "num_selected must be in"),
     (lambda g: balancing.aligned_mtl(g, scale="max"), "scale must be"),
     (lambda g: balancing.fair_grad(g, alpha=0.0), "alpha must be positive"),
+    (lambda g: balancing.cagrad(g, c=-1), "c must be at least 0; got -1"),
+    (lambda g: balancing.cagrad(g, c=float("nan")), "c must be at least 0; got nan"),
     (lambda g: balancing.mgda(g.astype(complex)), "must be real"),
   ],
 )
