@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+_MAX_SOLVES = 6  # of the projections, with growing margins
+
 
 class Problem(NamedTuple):
   gramian: jax.Array  # [T, T], largest diagonal entry 1, absent tasks zero
@@ -175,36 +177,66 @@ def _refine(state: _State, matrix: jax.Array, constant: jax.Array, x: jax.Array)
   return x
 
 
-def dual_cone_projection(cosines: jax.Array, task: jax.Array) -> jax.Array:
-  """Weights (over unit rows) of the projection of one unit row onto the dual cone of all rows.
+def _noise(weights: jax.Array) -> jax.Array:
+  """Squared norm below which `|J'w|^2` is rounding of the cosines, for weights `[..., T]` over unit rows."""
+  return 4 * float(jnp.finfo(weights.dtype).eps) * jnp.abs(weights).sum(-1) ** 2
 
-  Minimises `|J'(e_task + z)|^2` over `z >= 0`. The constraints `J dir >= 0` are asked for with a margin of a few
-  roundings, so that rounding of the Gramian or of the weights turns no constraint negative. A projection that is zero
-  to the precision of the Gramian is returned as exact zeros: what is left of it points anywhere.
+
+def rounding(weights: jax.Array) -> jax.Array:
+  """Rounding of the products of cosines with weights `[..., T]`, which adds up like a random walk."""
+  return 8 * float(jnp.finfo(weights.dtype).eps) * jnp.sqrt((weights * weights).sum(-1))
+
+
+def _cone_projection(cosines: jax.Array, task: jax.Array, linear: jax.Array, margin: jax.Array) -> jax.Array:
+  """Weights of the vector nearest to `task @ unit rows` whose product with every unit row is at least the margin.
+
+  Minimises `|J'(task + z)|^2 / 2 - margin sum z` over `z >= 0`; `linear = cosines @ task`.
+  """
+  size = linear.shape[0]
+  table = jnp.concatenate([cosines, (linear - margin)[:, None]], axis=1)
+  nothing = jnp.zeros(size, bool)
+  state = _run(table, nothing, jnp.zeros_like(linear), nothing, 4 * size + 8)
+  refined = _refine(state, cosines, linear - margin, state.x)
+  z = jnp.stack([jnp.where(state.inside, jnp.maximum(refined, 0), 0), state.x])
+  # With near-dependent rows in the working set the refinement may lose more than it gains; keep the better of the two.
+  smallest = jnp.minimum((matvec(z, cosines) + linear).min(1), margin / 2)
+  return task + jnp.where(smallest[0] >= smallest[1], z[0], z[1])
+
+
+def dual_cone_sum(cosines: jax.Array, tasks: jax.Array, factors: jax.Array) -> jax.Array:
+  """Weights (over unit rows) of a sum of projections onto the dual cone `{d : J d >= 0}` of all rows.
+
+  The constraints are asked for with a margin of a few roundings, so that rounding of the Gramian or of the weights
+  turns none negative. A row that depends on the working set to rounding cannot enter it, and its product may stay below
+  that; where the sum conflicts for this reason, margins grow by twice what was missing and all is solved again. A
+  projection that is zero to the precision of the Gramian counts as zero: what is left of it points anywhere.
 
   Args:
     cosines: Gramian of unit rows, `[T, T]`.
-    task: combination of unit rows to project, `[T]`.
+    tasks: combinations of unit rows to project, `[K, T]`, of order one.
+    factors: of the projections in the sum, `[K]`, non-negative.
 
   Returns:
-    Weights `[T]`, at least `task`.
+    Weights `[T]`; exact zeros where every direction found conflicts or is zero to precision.
   """
   size, eps = cosines.shape[0], float(jnp.finfo(cosines.dtype).eps)
-  margin = _tolerance(cosines.dtype, size) * jnp.abs(task).sum()
-  linear = matvec(cosines, task)
-  table = jnp.concatenate([cosines, (linear - 2 * margin)[:, None]], axis=1)
-  nothing = jnp.zeros(size, bool)
-  state = _run(table, nothing, jnp.zeros_like(linear), nothing, 4 * size + 8)
-  margin = _tolerance(cosines.dtype, size) * jnp.abs(task + state.x).sum()
-  z = _refine(state, cosines, linear - margin, state.x)
-  # With near-dependent rows in the working set the refinement may lose more than it gains; keep the better of the two.
-  weights = task + jnp.stack([jnp.where(state.inside, jnp.maximum(z, 0), 0), state.x])
-  products = matvec(weights, cosines)
-  squared_norms = (products * weights).sum(1)
-  resolved = squared_norms > 16 * size * eps * jnp.abs(weights).sum(1) ** 2
-  worst = jnp.where(resolved, products.min(1) * lax.rsqrt(jnp.where(resolved, squared_norms, 1)), 0)
-  best = worst.argmax()
-  return jnp.where(resolved[best] & (worst[best] >= -(eps**0.5) / 64), weights[best], 0)
+  linear = matvec(tasks, cosines)
+
+  def solve(carry):
+    margins, _, _, tries = carry
+    weights = jax.vmap(_cone_projection, (None, 0, 0, 0))(cosines, tasks, linear, margins)
+    products = matvec(weights, cosines)
+    resolved = (products * weights).sum(1) > _noise(weights)
+    total = matvec(jnp.where(resolved, factors, 0), weights)
+    reached = matvec(cosines, total)
+    length = jnp.sqrt(jnp.maximum(reached @ total, 0))
+    # The promise is 1e-5 in cosine for float32; half of it, less what rounding may hide, is left to use here.
+    done = reached.min() >= rounding(total) / 4 - eps**0.5 / 64 * length
+    missing = jnp.maximum(rounding(weights) - products.min(1), 0)
+    return margins + 2 * missing, jnp.where(done, total, 0), done, tries + 1
+
+  start = 2 * rounding(tasks), jnp.zeros(size, cosines.dtype), jnp.bool_(False), jnp.int32(0)
+  return lax.while_loop(lambda carry: ~carry[2] & (carry[3] < _MAX_SOLVES), solve, start)[1]
 
 
 def simplex_minimum(
@@ -270,7 +302,7 @@ def simplex_minimum(
   x = jnp.where(state.inside, jnp.maximum(x, 0), 0)[:size]
   x = x / (edges @ x)
   squared_norm = x @ matvec(cosines, x)
-  return x, jnp.where(squared_norm <= 16 * size * eps * jnp.abs(x).sum() ** 2, 0, squared_norm)
+  return x, jnp.where(squared_norm <= _noise(x), 0, squared_norm)
 
 
 def fair_point(cosines: jax.Array, log_norms: jax.Array, power: jax.Array | float) -> jax.Array:
@@ -312,9 +344,15 @@ def fair_point(cosines: jax.Array, log_norms: jax.Array, power: jax.Array | floa
   return jnp.exp(newton((u, None, 0))[0])
 
 
-def masked_inverse_product(matrix: jax.Array, vector: jax.Array, count: jax.Array | int) -> jax.Array:
-  """Multiply by the pseudo-inverse of a symmetric matrix; eigenvalues below `count eps` of the largest are zero."""
-  values, vectors = jnp.linalg.eigh(matrix)
-  kept = values > count * jnp.finfo(matrix.dtype).eps * values[-1]
+def equal_products(problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return `v = pinv(C) 1`, its products `C v` with the unit rows, and the rounding of these; 0 for zero rows.
+
+  The products are 1 where a direction has equal cosines with all rows; otherwise the nearest that one can have.
+  Eigenvalues of C below `T eps` of the largest are zero.
+  """
+  ones = problem.valid.astype(problem.norms.dtype)
+  values, vectors = jnp.linalg.eigh(problem.cosines)
+  kept = values > ones.shape[0] * jnp.finfo(ones.dtype).eps * values[-1]
   inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-  return matvec(vectors, inverse * matvec(vectors.T, vector))
+  share = ones * matvec(vectors, inverse * matvec(vectors.T, ones))
+  return share, ones * matvec(problem.cosines, share), rounding(ones) + rounding(share)

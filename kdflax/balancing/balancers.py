@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from kdflax.balancing import weightings
 from kdflax.balancing._solvers import check_gramian, check_present, matvec, normalise, restrict
-from kdflax.balancing.gradients import stack_losses
+from kdflax.balancing.gradients import losses_array, stack_losses
 
 PyTree = Any
 
@@ -46,7 +46,6 @@ class Inputs(NamedTuple):
   losses: jax.Array  # [T], 1 where not usable
   gramian: Any  # [T, T], or None where the method does not need it
   key: Any
-  present: jax.Array  # [T] bool
   usable: jax.Array  # [T] bool: present with a loss that the method can use
   number: jax.Array  # how many are usable, at least 1
 
@@ -68,7 +67,7 @@ def joint_loss(losses: PyTree, weights: PyTree, *, present: jax.Array | None = N
   names, given = jax.tree.structure(losses), jax.tree.structure(weights)
   if given != names and given.num_nodes > 1:
     raise ValueError(f"weights must be [T] or a pytree like that of the losses, {names}; got {given}.")
-  losses, weights = stack_losses(losses), stack_losses(weights)
+  losses, weights = stack_losses(losses), stack_losses(weights, "weights")
   if weights.shape != losses.shape:
     raise ValueError(f"weights must have shape {losses.shape}, one entry for each loss; got {weights.shape}.")
   if present is not None:
@@ -82,9 +81,12 @@ def check_positive(losses: jax.Array, present: jax.Array, name: str) -> None:
   if isinstance(losses, Tracer) or isinstance(present, Tracer):
     return
   with jax.ensure_compile_time_eval():
-    any_bad = bool((~(losses > 0) & present).any())
-  if any_bad:
-    raise ValueError(f"{name} takes the logarithm of the losses, which must be positive; got {losses}.")
+    tasks = jnp.flatnonzero(~(losses > 0) & present).tolist()
+  if tasks:
+    raise ValueError(
+      f"{name} takes the logarithm of the losses, which must be positive; "
+      f"that of task {tasks[0]} is {losses[tasks[0]]}."
+    )
 
 
 def make_balancer(
@@ -92,7 +94,6 @@ def make_balancer(
   init: Callable[[int], PyTree],
   weigh: Callable[[Inputs, Any], tuple[jax.Array, PyTree]],
   *,
-  uses_losses: bool = True,
   positive: bool = False,
   needs_gramian: bool = False,
   needs_key: bool = False,
@@ -105,11 +106,10 @@ def make_balancer(
     return init(num_tasks)
 
   def update(losses, state, *, gramian=None, key=None, present=None):
-    losses = lax.stop_gradient(jnp.asarray(losses))
+    losses = losses_array(losses, name)
     if losses.ndim != 1 or not losses.shape[0]:
       raise ValueError(f"{name}: losses must have shape (T,); got {losses.shape}.")
     tasks = losses.shape[0]
-    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
     if needs_gramian and gramian is None:
       raise ValueError(
         f"{name} needs the Gramian of the task gradients: update(losses, state, gramian=gramian(gradients))."
@@ -125,15 +125,12 @@ def make_balancer(
     if present is None:
       present = jnp.ones(tasks, bool)
     check_present(present, tasks)
+    usable = present & jnp.isfinite(losses)
     if positive:
-      check_positive(losses, present, name)
-    usable = present
-    if uses_losses:
-      usable &= jnp.isfinite(losses)
-      if positive:
-        usable &= losses > 0
-      losses = jnp.where(usable, losses, 1)
-    inputs = Inputs(losses, gramian, key, present, usable, jnp.maximum(usable.sum(), 1))
+      check_positive(losses, usable, name)
+      usable &= losses > 0
+    losses = jnp.where(usable, losses, 1)
+    inputs = Inputs(losses, gramian, key, usable, jnp.maximum(usable.sum(), 1))
     weights, moved = weigh(inputs, state)
     moved = jax.tree.map(lambda new, old: jnp.asarray(new).astype(jnp.asarray(old).dtype), moved, state)
     return jnp.where(usable, weights, 0).astype(losses.dtype), moved
@@ -203,9 +200,9 @@ def from_weighting(weighting: Callable[..., jax.Array], *, random_order: bool = 
 
   def weigh(x: Inputs) -> jax.Array:
     order = (weightings.random_order(x.key, x.losses.shape[0]),) if random_order else ()
-    return weighting(x.gramian, *order, present=x.present)
+    return weighting(x.gramian, *order, present=x.usable)
 
-  return stateless(name, weigh, uses_losses=False, needs_gramian=True, needs_key=random_order)
+  return stateless(name, weigh, needs_gramian=True, needs_key=random_order)
 
 
 class GradNormState(NamedTuple):
@@ -288,7 +285,7 @@ def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
     return GradVacState(jnp.zeros((num_tasks, num_tasks)))
 
   def weigh(x: Inputs, state: GradVacState):
-    p = normalise(x.gramian, x.present)
+    p = normalise(x.gramian, x.usable)
     own = jnp.arange(p.norms.shape[0])
     dtype = p.norms.dtype
     eps = jnp.finfo(dtype).eps
@@ -311,7 +308,7 @@ def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
     weights = rows.sum(0) * p.inverse_norms / p.number
     return restrict(p, jnp.where(p.valid, weights, 1 / p.number)), GradVacState(target)
 
-  return make_balancer("grad_vac", init, weigh, uses_losses=False, needs_gramian=True, needs_key=True)
+  return make_balancer("grad_vac", init, weigh, needs_gramian=True, needs_key=True)
 
 
 class SmoothedState(NamedTuple):

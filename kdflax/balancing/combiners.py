@@ -5,9 +5,10 @@ makes the state from the shapes of gradients with a leading T axis; `update(loss
 present=None)` gives the direction (a pytree like one gradient) and the next state. Buffers `[T, ...]` mirror the
 gradients leaf by leaf, so they take T times the memory of the parameters and shard like them. They are running means
 corrected for their start at 0, so that the first direction has the full length. Absent tasks are treated as in
-`balancers`.
+`balancers`, and a task counts as absent whose loss or any entry of whose gradient is not finite.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jax import lax
 
 from kdflax.balancing._solvers import check_present, matvec
 from kdflax.balancing.balancers import Balancer, check_positive, shares_of
-from kdflax.balancing.gradients import combine, gramian, num_tasks
+from kdflax.balancing.gradients import combine, gramian, losses_array, num_tasks
 
 PyTree = Any
 
@@ -62,17 +63,25 @@ def _wide(leaf: jax.Array) -> jax.Array:
   return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
-def _checked(losses: jax.Array, gradients: PyTree, tasks: int, present: jax.Array | None, name: str):
-  """Return wide losses, and gradients with the rows of absent tasks set to 0."""
-  losses = _wide(lax.stop_gradient(jnp.asarray(losses)))
-  found = num_tasks(gradients)
-  if losses.shape != (tasks,) or found != tasks:
-    raise ValueError(
-      f"{name}: the state is for {tasks} tasks, but losses have shape {losses.shape} and gradients {found} tasks."
-    )
+def _usable(losses: jax.Array, gradients: PyTree, present: jax.Array | None, name: str) -> tuple[jax.Array, jax.Array]:
+  """Return wide losses, and which tasks take part: those present whose loss and whole gradient are finite."""
+  losses = losses_array(losses, name)
+  tasks = num_tasks(gradients)
+  if losses.shape != (tasks,):
+    raise ValueError(f"{name}: losses must have shape ({tasks},) like the gradients; got {losses.shape}.")
   if present is None:
     present = jnp.ones(tasks, bool)
   check_present(present, tasks)
+  finite = [jnp.isfinite(leaf).all(range(1, leaf.ndim)) for leaf in jax.tree.leaves(gradients)]
+  return losses, functools.reduce(jnp.logical_and, finite, present & jnp.isfinite(losses))
+
+
+def _checked(losses: jax.Array, gradients: PyTree, tasks: int, present: jax.Array | None, name: str):
+  """Return wide losses, gradients with the rows of unusable tasks set to 0, and which tasks are usable."""
+  found = num_tasks(gradients)
+  if found != tasks:
+    raise ValueError(f"{name}: the state is for {tasks} tasks, but the gradients are of {found}.")
+  losses, present = _usable(losses, gradients, present, name)
   return losses, jax.tree.map(lambda leaf: jnp.where(_rows(present, leaf), leaf, 0), gradients), present
 
 
@@ -116,6 +125,7 @@ def from_balancer(balancer: Balancer) -> Combiner:
     return balancer.init(num_tasks(gradients))
 
   def update(losses, gradients, state, *, key=None, present=None):
+    _, present = _usable(losses, gradients, present, "from_balancer")
     products = gramian(gradients) if balancer.needs_gramian else None
     weights, state = balancer.update(losses, state, gramian=products, key=key, present=present)
     return combine(gradients, weights, present=present), state
@@ -137,9 +147,9 @@ def from_function(function: Callable[..., PyTree], *, needs_key: bool = False) -
   name = getattr(getattr(function, "func", function), "__name__", str(function))
 
   def update(losses, gradients, state, *, key=None, present=None):
-    del losses
     if needs_key and key is None:
       raise ValueError(f"{name} draws random numbers: update(losses, gradients, state, key=key).")
+    _, present = _usable(losses, gradients, present, name)
     return function(gradients, *((key,) if needs_key else ()), present=present), state
 
   return Combiner(lambda gradients: (), update, needs_key)
@@ -169,7 +179,7 @@ def db_mtl(*, beta: float = 0.9, beta_sigma: float = 0.0) -> Combiner:
     del key
     losses, gradients, present = _checked(losses, gradients, state.mass.shape[0], present, "db_mtl")
     check_positive(losses, present, "db_mtl")
-    usable = present & (losses > 0) & jnp.isfinite(losses)
+    usable = present & (losses > 0)
     inverse = jnp.where(usable, 1 / jnp.where(usable, losses, 1), 0)
     logs = jax.tree.map(lambda leaf: _wide(leaf) * _rows(inverse, leaf).astype(_wide(leaf).dtype), gradients)
     state, means = _average(state, logs, usable, lambda k: beta / k**beta_sigma)
@@ -275,9 +285,10 @@ def excess_mtl(*, learning_rate: float = 0.01) -> Combiner:
     initial = jnp.where(state.known | ~present, state.initial, excess)
     relative = jnp.where(state.known & (initial > 0), excess / jnp.where(initial > 0, initial, 1), 0)
     logits = jnp.log(state.weights) + learning_rate * relative
-    weights = shares_of(logits, present)
-    # The sum of the stored weights stays 1: present tasks share out what they had.
-    stored = jnp.where(present, weights * jnp.where(present, state.weights, 0).sum(), state.weights)
+    weights = shares_of(jnp.minimum(logits, jnp.finfo(logits.dtype).max), present)
+    # The sum of the stored weights stays 1: present tasks share out what they had. From 0 a weight could never grow.
+    shared = weights * jnp.where(present, state.weights, 0).sum()
+    stored = jnp.where(present, jnp.maximum(shared, jnp.finfo(shared.dtype).tiny), state.weights)
     direction = combine(gradients, weights, present=present)
     known = state.known | present
     stored, initial = stored.astype(state.weights.dtype), initial.astype(state.initial.dtype)

@@ -4,7 +4,7 @@ Gradients of T tasks are one pytree like the parameters with a leading T axis on
 or concatenated with another, so every leaf keeps its sharding and its dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from kdflax.balancing._solvers import check_gramian, check_present, normalise
 PyTree = Any
 
 
-def stack_losses(losses: PyTree) -> jax.Array:
-  """Return losses as one array `[T]`: an array `[T]` as it is, a dict of scalars sorted by name.
+def stack_losses(losses: PyTree, name: str = "losses") -> jax.Array:
+  """Return losses (or what `name` says) as one array `[T]`: an array `[T]` as it is, a dict of scalars sorted by name.
 
   The order is that of `jax.tree.leaves`, so it does not depend on whether the dict went through `jax.jit`, which sorts.
   """
@@ -25,13 +25,24 @@ def stack_losses(losses: PyTree) -> jax.Array:
   if len(leaves) == 1 and leaves[0] is losses:
     if jnp.ndim(losses) != 1 or not losses.shape[0]:
       raise ValueError(
-        f"losses must be an array [T] or a pytree of scalars; got an array of shape {jnp.shape(losses)}."
+        f"{name} must be an array [T] or a pytree of scalars; got an array of shape {jnp.shape(losses)}."
       )
     return losses
   shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(losses)}
   if not leaves or any(shapes.values()):
-    raise ValueError(f"losses must be an array [T] or a pytree of scalars; got a pytree with shapes {shapes}.")
+    raise ValueError(f"{name} must be an array [T] or a pytree of scalars; got a pytree with shapes {shapes}.")
   return jnp.stack(jax.tree.leaves(losses))
+
+
+def losses_array(losses: jax.Array, name: str) -> jax.Array:
+  """Return losses as an array in float32 or wider, without a gradient; a dict by name raises ValueError."""
+  if isinstance(losses, Mapping):
+    raise ValueError(
+      f"{name}: losses must be one array [T]; got a {type(losses).__name__}. `task_gradients` returns that array, and "
+      "jnp.stack(jax.tree.leaves(losses)) makes it from losses by name."
+    )
+  losses = lax.stop_gradient(jnp.asarray(losses))
+  return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
 
 
 def task_gradients(
@@ -180,11 +191,14 @@ def per_group(weighting: Callable[..., jax.Array]) -> Callable[..., PyTree]:
     weighting: `gramian [T, T] -> weights [T]`, with other arguments the same for all groups.
 
   Returns:
-    A function from a pytree of `[T, T]` (and keyword arguments such as `present`) to the same pytree of `[T]`.
+    A function from a pytree of `[T, T]` (and keyword arguments such as `present`) to the same pytree of `[T]`; raises
+    ValueError where there is no Gramian, or they differ in T.
   """
 
   def weigh(gramians: PyTree, **kwargs) -> PyTree:
     leaves, structure = jax.tree.flatten(gramians)
+    if not leaves:
+      raise ValueError(f"per_group: there is no Gramian in {gramians}; give a pytree of [T, T].")
     for leaf in leaves:
       check_gramian(leaf, num_tasks=leaves[0].shape[0])
     weights = jax.vmap(lambda one: weighting(one, **kwargs))(jnp.stack(leaves))

@@ -38,7 +38,7 @@ def fixed(weights: jax.Array | float) -> Balancer:
   def weigh(x: Inputs, state):
     return per_task(weights, x.losses.shape[0], "fixed: weights"), state
 
-  return make_balancer("fixed", init, weigh, uses_losses=False)
+  return make_balancer("fixed", init, weigh)
 
 
 def random_weights() -> Balancer:
@@ -52,7 +52,7 @@ def random_weights() -> Balancer:
   def weigh(x: Inputs) -> jax.Array:
     return shares_of(jax.random.normal(x.key, x.losses.shape, x.losses.dtype), x.usable)
 
-  return stateless("random_weights", weigh, uses_losses=False, needs_key=True)
+  return stateless("random_weights", weigh, needs_key=True)
 
 
 class WeightAverageState(NamedTuple):

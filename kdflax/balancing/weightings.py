@@ -73,12 +73,14 @@ def cagrad(gramian: jax.Array, *, c: jax.Array | float = 0.5, present: jax.Array
     Weights `[T]`, non-negative.
 
   Raises:
-    ValueError: the Gramian is not square, or `present` is not `[T]` bool.
+    ValueError: the Gramian is not square, `present` is not `[T]` bool, or c is known to be negative.
 
   Reference:
     Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, 2021, arXiv:2110.14048. Not divided by 1 +
     c^2, which the authors' code does; TorchJD does not either, and returns 0 where g_w is 0.
   """
+  if isinstance(c, (int, float)) and not c >= 0:
+    raise ValueError(f"c must be at least 0; got {c}.")
   p = normalise(gramian, present)
   mean = jnp.where(p.present, 1 / p.number, 0).astype(p.norms.dtype)
   scaled = p.norms * mean
@@ -121,8 +123,7 @@ def upgrad(gramian: jax.Array, *, preference: jax.Array | None = None, present: 
   p = normalise(gramian, present)
   share = preferred(p, preference)
   unit = jnp.eye(p.norms.shape[0], dtype=p.norms.dtype)
-  projections = jax.vmap(_solvers.dual_cone_projection, (None, 0))(p.cosines, unit)
-  weights = _solvers.matvec((share * p.norms), projections) * p.inverse_norms
+  weights = _solvers.dual_cone_sum(p.cosines, unit, share * p.norms) * p.inverse_norms
   return restrict(p, jnp.where(p.valid, weights, share))
 
 
@@ -154,7 +155,7 @@ def dual_projection(
   mixed = share * p.norms
   unit = jnp.abs(mixed).max()
   unit = jnp.where(unit > 0, unit, 1)
-  projection = _solvers.dual_cone_projection(p.cosines, mixed / unit) * unit
+  projection = _solvers.dual_cone_sum(p.cosines, (mixed / unit)[None], unit[None])
   return restrict(p, jnp.where(p.valid, projection * p.inverse_norms, share))
 
 
@@ -196,7 +197,8 @@ def fair_grad(gramian: jax.Array, *, alpha: jax.Array | float = 1.0, present: ja
     present: which tasks take part, `[T]` bool; all when None.
 
   Returns:
-    Weights `[T]`, positive. Exactly opposed gradients have no solution; the weights are then large and finite.
+    Weights `[T]`, positive (a large alpha may ask for less than the smallest float: 0). Exactly opposed gradients have
+    no solution; the weights are then large and finite.
 
   Raises:
     ValueError: the Gramian is not square, `present` is not `[T]` bool, or alpha is not positive.
@@ -275,7 +277,8 @@ def imtl_g(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array
 
   d.g_i / |g_i| is the same for every task and the weights add up to 1: `C u = 1`, `w = (u / |g|) / sum(u / |g|)`.
   Weights may be negative, and where the sum of u / |g| is negative the direction conflicts with all tasks;
-  `conflict_free` has the same line and never that sign. Zero where that sum is zero. A zero row has weight 0.
+  `conflict_free` has the same line and never that sign. Zero where that sum is zero. More tasks than dimensions may
+  leave no such direction: then `u = pinv(C) 1`, the nearest, and zero if that is zero. A zero row has weight 0.
 
   Args:
     gramian: inner products of the task gradients, `[T, T]`.
@@ -292,19 +295,22 @@ def imtl_g(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array
     rows are shared between, and no task is lost because its gradient is small.
   """
   p = normalise(gramian, present)
-  share = _solvers.masked_inverse_product(p.cosines, p.valid.astype(p.norms.dtype), p.norms.shape[0])
+  share, products, rounding = _solvers.equal_products(p)
   smallest = jnp.where(p.valid, p.norms, jnp.inf).min()
   share = share * jnp.where(p.valid, smallest * p.inverse_norms, 0)
   total = share.sum()
   noise = share.shape[0] * jnp.finfo(share.dtype).eps * jnp.abs(share).sum()
-  return restrict(p, jnp.where(jnp.abs(total) > noise, share / jnp.where(total == 0, 1, total), 0))
+  exists = (products.max() > rounding) & (jnp.abs(total) > noise)
+  return restrict(p, jnp.where(exists, share / jnp.where(exists, total, 1), 0))
 
 
 def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
   """Return the weights of the direction with equal, positive cosines to all gradients (ConFIG).
 
   `v = pinv(C) 1`, the unit vector of `v @ unit rows`, as long as the mean over the tasks of the gradients' projections
-  on it. With opposed gradients there is no such direction and the weights are 0. A zero row has weight 0; T counts it.
+  on it. More tasks than dimensions may leave no such direction. Then this is the least-squares one, with cosines that
+  differ, if all of them are positive beyond rounding; otherwise, as among opposed gradients, the weights are 0. A zero
+  row has weight 0; T counts it.
 
   Args:
     gramian: inner products of the task gradients, `[T, T]`.
@@ -321,13 +327,11 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
     authors sum the projections over the tasks where this takes the mean.
   """
   p = normalise(gramian, present)
-  ones = p.valid.astype(p.norms.dtype)
-  share = jnp.where(p.valid, _solvers.masked_inverse_product(p.cosines, ones, p.norms.shape[0]), 0)
-  products = _solvers.matvec(p.cosines, share)
-  squared_norm = share @ products
-  exists = squared_norm > 0
-  length = (p.norms * ones) @ products / p.number
-  return restrict(p, jnp.where(exists, share * p.inverse_norms * length / jnp.where(exists, squared_norm, 1), 0))
+  share, products, rounding = _solvers.equal_products(p)
+  exists = p.valid.any() & (jnp.where(p.valid, products, jnp.inf).min() > rounding)
+  squared_norm = jnp.where(exists, share @ products, 1)
+  length = p.norms @ products / p.number
+  return restrict(p, jnp.where(exists, share * p.inverse_norms * length / squared_norm, 0))
 
 
 def aligned_mtl(gramian: jax.Array, *, scale: str = "min", present: jax.Array | None = None) -> jax.Array:

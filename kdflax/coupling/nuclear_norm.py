@@ -7,6 +7,7 @@ n`.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -157,9 +158,10 @@ def _norm_jvp(method, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _polar(method: str, x: jax.Array, mu: jax.Array) -> _Polar:
-  # A power of two keeps the squares in range and rounds nothing.
+  # A power of two keeps the squares in range and rounds nothing. A reciprocal that is subnormal would be flushed to 0.
   largest = jnp.maximum(jnp.max(jnp.abs(x), (-2, -1)), mu)
-  scale = jnp.ldexp(jnp.ones_like(largest), jnp.where(largest > 0, jnp.frexp(largest)[1] - 1, 0))
+  exponent = jnp.minimum(jnp.frexp(largest)[1] - 1, -int(jnp.finfo(x.dtype).minexp))
+  scale = jnp.ldexp(jnp.ones_like(largest), jnp.where(largest > 0, exponent, 0))
   polar = _batched(method)(x / scale[..., None, None], mu / scale)
   return polar._replace(value=polar.value * scale)
 
@@ -277,8 +279,7 @@ def _refine(x: jax.Array, v: jax.Array, mu: jax.Array) -> _Polar:
   `V'H^2 V = D (I + F) D`, D = diag(h), and `C = V'H V D^-1` solves `C'C = I + F` with C D symmetric. Newton's step,
   `C_ij += R_ij h_i / (h_i + h_j)` for the residual R, divides by sums only: clusters of singular values do no harm.
   """
-  n, dtype = x.shape[-1], x.dtype
-  identity = jnp.eye(n, dtype=dtype)
+  identity = jnp.eye(x.shape[-1], dtype=x.dtype)
   y = _matmul(x, v)
   s_squared = jnp.sum(y * y, -2)
   h = jnp.sqrt(s_squared + mu[..., None] ** 2)
@@ -288,25 +289,10 @@ def _refine(x: jax.Array, v: jax.Array, mu: jax.Array) -> _Polar:
   target = jnp.where(identity > 0, identity, _matmul(w.mT, w))
   share = jnp.where(keep, h, 1)
   share = share[..., :, None] / (share[..., :, None] + share[..., None, :])
-  settled = 2 * math.sqrt(n) * float(jnp.finfo(dtype).eps)
-
-  def residual(c):
-    r = target - _matmul(c.mT, c)
-    return r, jnp.max(jnp.abs(r), (-2, -1))
-
-  def step(carry):
-    c, r, _, count = carry
-    c = c + r * share
-    return c, *residual(c), count + 1
-
-  def unsettled(carry):
-    _, _, size, count = carry
-    return (count < _MAX_REFINEMENTS) & jnp.any(size > settled)
-
   start = jnp.broadcast_to(identity, target.shape)
-  c, _, size, _ = jax.lax.while_loop(unsettled, step, (start, *residual(start), 0))
+  c, size = _settle(start, lambda c: target - _matmul(c.mT, c), lambda c, r: c + r * share)
   inverse, remainder = _inverse(c, 2 * identity - c)
-  ok = jnp.all(jnp.maximum(size, remainder) <= 4 * settled)
+  ok = jnp.all(jnp.maximum(size, remainder) <= 4 * _settled(c))
 
   def solved():
     extra = jnp.diagonal(c, axis1=-2, axis2=-1) - 1
@@ -317,7 +303,7 @@ def _refine(x: jax.Array, v: jax.Array, mu: jax.Array) -> _Polar:
     return _Polar(value, _matmul(w, _matmul(inverse, v.mT)), -slope)
 
   def iterated():
-    kept_v = v * keep[..., None, :].astype(dtype)
+    kept_v = v * keep[..., None, :].astype(x.dtype)
     polar = _by_newton_schulz(_matmul(_matmul(x, kept_v), v.mT), mu, floor=_tolerance(x))
     return polar._replace(factor=_matmul(_matmul(polar.factor, kept_v), v.mT))
 
@@ -331,23 +317,31 @@ def _inverse(matrix: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]
   other for ever.
   """
   identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-  settled = 2 * math.sqrt(matrix.shape[-1]) * float(jnp.finfo(matrix.dtype).eps)
+  return _settle(start, lambda z: identity - _matmul(matrix, z), lambda z, r: z + _matmul(z, r))
 
-  def residual(z):
-    r = identity - _matmul(matrix, z)
-    return r, jnp.max(jnp.abs(r), (-2, -1))
 
-  def step(carry):
-    z, r, _, count = carry
-    z = z + _matmul(z, r)
-    return z, *residual(z), count + 1
+def _settled(matrix: jax.Array) -> float:
+  """Largest entry of a residual of products `[n, n]` that is rounding."""
+  return 2 * math.sqrt(matrix.shape[-1]) * float(jnp.finfo(matrix.dtype).eps)
+
+
+def _settle(start: jax.Array, residual: Callable, move: Callable) -> tuple[jax.Array, jax.Array]:
+  """Repeats `x <- move(x, residual(x))` until the residual is rounding: x, and the residual's largest entry."""
+
+  def measured(x):
+    r = residual(x)
+    return x, r, jnp.max(jnp.abs(r), (-2, -1))
 
   def unsettled(carry):
-    _, _, size, count = carry
-    return (count < _MAX_REFINEMENTS) & jnp.any(size > settled)
+    (_, _, size), count = carry
+    return (count < _MAX_REFINEMENTS) & jnp.any(size > _settled(start))
 
-  z, _, size, _ = jax.lax.while_loop(unsettled, step, (start, *residual(start), 0))
-  return z, size
+  def step(carry):
+    (x, r, _), count = carry
+    return measured(move(x, r)), count + 1
+
+  (x, _, size), _ = jax.lax.while_loop(unsettled, step, (measured(start), 0))
+  return x, size
 
 
 def _by_newton_schulz(x: jax.Array, mu: jax.Array, floor: float | None = None) -> _Polar:

@@ -1,7 +1,13 @@
 """Penalties that tie the parameters of several tasks together, projections, and a proximal step for Optax.
 
 Leaves are coupled as matrices: a kernel `[..., out]` as `[prod(...), out]`, a vector as one column, a scalar as `1 x
-1`. Everything works leaf by leaf; parameters are never flattened into one vector, so their shardings survive.
+1`. Everything works leaf by leaf; parameters are never flattened into one vector.
+
+Sharded parameters under `jit`: `l2_coupling` gathers nothing, whatever the layout. The trace norms are made of products
+over the longer side of a matrix. They gather nothing from a matrix sharded on its longer side, nor from a kernel
+`[h, w, in, out]` or a stack `[..., tasks]` sharded on the largest axis before the last. A leaf sharded otherwise (on
+the shorter side, on another axis, on two axes) is gathered, and so is every one by the method `svd`, which `auto` takes
+on a CPU for m < 1.5 n. The unfolding `train` may gather, and the proximal step always does, for its SVD.
 """
 
 import functools
@@ -47,7 +53,7 @@ def l2_coupling(task_params: Sequence[Any], projections: Projection | Sequence[P
   network parser", 2015. The expanded form `T sum |Z_i|^2 - |sum Z_i|^2` loses all digits in float32 under an offset.
   """
   total = jnp.zeros((), jnp.float32)
-  for leaves in _task_matrices(task_params, projections):
+  for leaves in _task_leaves(task_params, projections):
     # Relative to the first task: equal tasks give exact zeros, which a rounded mean would not.
     stacked = jnp.stack([leaf - leaves[0] for leaf in leaves])
     centred = stacked - jnp.mean(stacked, 0)
@@ -88,9 +94,10 @@ def trace_norm_coupling(
   penalises the stacked parameters (`stacked_trace_norm`) and so also shrinks what the tasks share; differences do not.
   """
   by_shape: dict[Any, list[jax.Array]] = {}
-  for leaves in _task_matrices(task_params, projections):
-    differences = [first - second for first, second in itertools.combinations(leaves, 2)]
-    by_shape.setdefault((leaves[0].shape, leaves[0].dtype), []).extend(differences)
+  for leaves in _task_leaves(task_params, projections):
+    matrices = [_rows_in_any_order(leaf) for leaf in leaves]
+    differences = [first - second for first, second in itertools.combinations(matrices, 2)]
+    by_shape.setdefault((matrices[0].shape, matrices[0].dtype), []).extend(differences)
   total = jnp.zeros((), jnp.float32)
   for differences in by_shape.values():
     matrices = after(jnp.stack(differences), total)  # one decomposition at a time
@@ -99,12 +106,17 @@ def trace_norm_coupling(
 
 
 def stacked_trace_norm(
-  stacked: Any, *, unfolding: str = "last", smoothing: float | jax.Array = 0.0, method: str = "auto"
+  stacked: Any,
+  *,
+  unfolding: str = "last",
+  task_axis: int = -1,
+  smoothing: float | jax.Array = 0.0,
+  method: str = "auto",
 ) -> jax.Array:
   """Penalise the trace norm of stacked task parameters, unfolded into matrices.
 
   Draws the tasks into a low-dimensional span; unlike the pairwise penalty it is zero only at zero, so it also shrinks
-  what tasks share. The value is the sum over the unfoldings of the tensor `[n_1, ..., n_N]`, tasks last:
+  what tasks share. The value is the sum over the unfoldings of the tensor `[n_1, ..., n_N]`, its task axis moved last:
     last    one, `[n_1 ... n_(N-1), T]`: how many tasks are linearly independent; its Gram matrix is only T x T.
     tucker  N, one for each axis k: `[n_k, rest]`.
     train   N - 1, one for each j < N: `[n_1 ... n_j, n_(j+1) ... n_N]`.
@@ -112,6 +124,7 @@ def stacked_trace_norm(
   Args:
     stacked: an array `[..., T]` of at least two axes, or a pytree of such arrays (their penalties add up).
     unfolding: static; `last`, `tucker` or `train`.
+    task_axis: the axis of the tasks in every leaf; 0 for the `stacked` parameters of `models.soft_sharing`. Static.
     smoothing: scalar `mu >= 0`, see `nuclear_norm`; may be traced.
     method: see `nuclear_norm`; static.
 
@@ -119,7 +132,7 @@ def stacked_trace_norm(
     A scalar, float32 or wider.
 
   Raises:
-    ValueError: for an unknown unfolding or a leaf of fewer than two axes.
+    ValueError: for an unknown unfolding, a leaf of fewer than two axes, or one without that axis.
 
   Reference: Yang and Hospedales, "Trace norm regularised deep multi-task learning", 2016, arXiv 1606.04038: LAF, Tucker
   and tensor-train. The sub-gradient differs from its published code, which is not of least norm on deficient
@@ -131,20 +144,26 @@ def stacked_trace_norm(
   for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
     if jnp.ndim(leaf) < 2:
       raise ValueError(
-        f"stacked_trace_norm: leaf {_path(path)!r} has shape {jnp.shape(leaf)}; tasks are stacked on the last of at "
-        "least two axes."
+        f"stacked_trace_norm: leaf {_path(path)!r} has shape {jnp.shape(leaf)}; tasks are stacked on one of at least "
+        "two axes."
       )
-    for matrix in _unfold(jnp.asarray(leaf), unfolding):
+    for matrix in _unfold(_tasks_last("stacked_trace_norm", jnp.asarray(leaf), task_axis), unfolding):
       total = total + nuclear_norm(after(matrix, total), smoothing=smoothing, method=method)
   return total
+
+
+def _tasks_last(name: str, leaf: jax.Array, task_axis: int) -> jax.Array:
+  if not -leaf.ndim <= task_axis < leaf.ndim:
+    raise ValueError(f"{name}: a leaf of shape {leaf.shape} has no task axis {task_axis}.")
+  return jnp.moveaxis(leaf, task_axis, -1)
 
 
 def _unfold(tensor: jax.Array, unfolding: str) -> list[jax.Array]:
   shape = tensor.shape
   if unfolding == "last":
-    return [_as_matrix(tensor)]
+    return [_rows_in_any_order(tensor)]
   if unfolding == "tucker":
-    return [_as_matrix(jnp.moveaxis(tensor, axis, -1)) for axis in range(tensor.ndim)]
+    return [_rows_in_any_order(jnp.moveaxis(tensor, axis, -1)) for axis in range(tensor.ndim)]
   return [tensor.reshape(math.prod(shape[:axis]), -1) for axis in range(1, tensor.ndim)]
 
 
@@ -232,8 +251,18 @@ def _as_matrix(leaf: jax.Array) -> jax.Array:
   return leaf.reshape(-1, leaf.shape[-1] if leaf.ndim > 1 else 1)
 
 
-def _task_matrices(task_params: Sequence[Any], projections: Projection | Sequence[Projection] | None):
-  """Yields for each leaf the list of its T matrices, in float32 or wider."""
+def _rows_in_any_order(leaf: jax.Array) -> jax.Array:
+  """`_as_matrix` for what does not depend on the order of the rows: the largest axis leads them.
+
+  Merged axes keep the sharding of the first of them alone, and the largest is the one that is worth sharding.
+  """
+  if leaf.ndim > 2:
+    leaf = jnp.moveaxis(leaf, max(range(leaf.ndim - 1), key=lambda axis: leaf.shape[axis]), 0)
+  return _as_matrix(leaf)
+
+
+def _task_leaves(task_params: Sequence[Any], projections: Projection | Sequence[Projection] | None):
+  """Yields for each leaf the list of its T versions, in float32 or wider."""
   tasks = list(task_params)
   if len(tasks) < 2:
     raise ValueError(f"coupling needs a sequence of at least 2 tasks' parameters, got {len(tasks)}.")
@@ -246,9 +275,9 @@ def _task_matrices(task_params: Sequence[Any], projections: Projection | Sequenc
   for task in range(1, len(tasks)):
     _check_alike(flat[0], flat[task], task)
   for path in flat[0]:
-    matrices = [_as_matrix(jnp.asarray(leaves[path])) for leaves in flat]
-    dtype = jnp.promote_types(jnp.result_type(*matrices), jnp.float32)
-    yield [matrix.astype(dtype) for matrix in matrices]
+    versions = [jnp.asarray(leaves[path]) for leaves in flat]
+    dtype = jnp.promote_types(jnp.result_type(*versions), jnp.float32)
+    yield [version.astype(dtype) for version in versions]
 
 
 def _check_alike(first: dict[str, Any], other: dict[str, Any], task: int) -> None:
@@ -276,7 +305,7 @@ class ProximalTraceNormState(NamedTuple):
 
 
 def proximal_trace_norm(
-  threshold: float | jax.Array | Callable[[jax.Array], Any],
+  threshold: float | jax.Array | Callable[[jax.Array], Any], *, task_axis: int = -1
 ) -> optax.GradientTransformation:
   """Make the Optax transformation that ends every step with the proximal operator of the trace norm.
 
@@ -286,9 +315,10 @@ def proximal_trace_norm(
       optax.chain(optax.sgd(rate), proximal_trace_norm(rate * weight))
       optax.masked(proximal_trace_norm(rate * weight), mask)          to leave leaves out
 
-  Every leaf is taken as the matrix `[prod(...), last axis]`. For the kernel of a layer this makes the layer low-rank;
-  for a leaf stacked over tasks on its last axis it draws the tasks into a low-dimensional span and is the proximal form
-  of `stacked_trace_norm`; for a vector it shrinks the L2 norm.
+  Every leaf is taken as the matrix `[all other axes, task_axis]`. For the kernel of a layer, with the last axis, this
+  makes the layer low-rank; for a leaf stacked over tasks on that axis it draws the tasks into a low-dimensional span
+  and is the proximal form of `stacked_trace_norm`; for a vector it shrinks the L2 norm. `models.soft_sharing` stacks
+  tasks first: `task_axis=0`, and a mask that leaves its heads out.
 
   Its update is `prox(params + updates) - params`, so that `optax.apply_updates` lands on the proximal point. With plain
   gradient steps of size `rate` this is proximal gradient descent on `loss + weight ||.||_*`, and `threshold` is
@@ -297,12 +327,13 @@ def proximal_trace_norm(
 
   Args:
     threshold: at least 0, in the units of the parameters, or a schedule `count -> threshold`.
+    task_axis: the axis that is the columns of the matrix; static. A scalar is a matrix of one entry.
 
   Returns:
     An `optax.GradientTransformation` with state `ProximalTraceNormState(count)`; `update` needs `params`.
 
   Raises:
-    ValueError: for a concrete negative threshold, or by `update` without `params`.
+    ValueError: for a concrete negative threshold, or by `update` without `params` or with a leaf without that axis.
 
   Reference: Parikh and Boyd, "Proximal algorithms", 2014; Cai, Candes and Shen, 2008, arXiv 0810.3286. The pairwise
   penalty of `trace_norm_coupling` has no closed proximal form for more than two tasks.
@@ -324,7 +355,12 @@ def proximal_trace_norm(
         return update
       wide = jnp.promote_types(jnp.result_type(update, param), jnp.float32)
       moved = jnp.asarray(param, wide) + jnp.asarray(update, wide)
-      shrunk = singular_value_threshold(_as_matrix(moved), tau).reshape(moved.shape)
+      if moved.ndim < 2:
+        shrunk = singular_value_threshold(_as_matrix(moved), tau).reshape(moved.shape)
+      else:
+        turned = _tasks_last("proximal_trace_norm", moved, task_axis)
+        shrunk = singular_value_threshold(_as_matrix(turned), tau).reshape(turned.shape)
+        shrunk = jnp.moveaxis(shrunk, -1, task_axis)
       return (shrunk - jnp.asarray(param, wide)).astype(jnp.result_type(update))
 
     updates = jax.tree.map(step, updates, params, is_leaf=lambda leaf: leaf is None)

@@ -72,6 +72,19 @@ def adversarial(tasks):
     yield f"nearly equal {width}", rows[:1] + 1e-3 * rows
 
 
+def many(tasks):
+  """Gradients of many tasks that conflict or nearly repeat, without anything that the Gramian cannot tell."""
+  for seed in range(2):
+    rows, centres = random(tasks, 100, seed), random(tasks // 3, 100, seed)
+    yield f"conflict {seed}", rows - 1.02 * rows.mean(0)
+    nearest = np.random.default_rng(seed).integers(0, len(centres), tasks)
+    for spread in (1e-2, 1e-3, 1e-4):
+      yield f"clusters of {spread} {seed}", centres[nearest] + spread * rows
+    paired = random(tasks, 1000, seed)
+    paired[1::2] = 0.7 * (paired[1::2] - paired[::2])
+    yield f"opposed pairs {seed}", paired
+
+
 def cosines(direction, gradients):
   """Cosines with every gradient; 0 where either is zero."""
   norms = np.linalg.norm(gradients, axis=1) * np.linalg.norm(direction)

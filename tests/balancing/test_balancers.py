@@ -139,9 +139,28 @@ def test_bad_losses_never_reach_the_state(name):
   state = BALANCERS[name].init(3)
   for bad in (0.0, -1.0, np.nan, np.inf):
     weights, state = jitted(name)(losses_at(0) * np.array([1, bad, 1], np.float32), state, **inputs_at(0))
-    if name in LOGARITHMIC:
+    if name in LOGARITHMIC or not np.isfinite(bad):
       assert weights[1] == 0 and np.isfinite(weights).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", COMBINERS)
+def test_what_is_not_finite_counts_as_absent(name):
+  """A loss, or one entry of a gradient: direction and state are those with the task absent, at once and later."""
+  update, key = jitted_combiner(name), jax.random.key(0)
+  state = COMBINERS[name].init(gradients_at(0))
+  _, state = update(losses_at(0), gradients_at(0), state, key=key)
+  expected, expected_state = update(losses_at(1), gradients_at(1), state, key=key, present=np.arange(3) != 1)
+  for bad in (np.nan, np.inf, -np.inf):
+    losses, gradients = losses_at(1), gradients_at(1)
+    losses[1] = bad
+    broken = {**gradients, "w": gradients["w"].copy()}
+    broken["w"][1, 0, 2] = bad
+    for given in ((losses, gradients), (losses, broken), (losses_at(1), broken)):
+      direction, after = update(*given, state, key=key)
+      jax.tree.map(np.testing.assert_array_equal, (direction, after), (expected, expected_state))
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((direction, after)))
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(direction))
 
 
 @pytest.mark.parametrize("name", [*LOGARITHMIC, "db_mtl"])
@@ -149,7 +168,7 @@ def test_known_losses_must_be_positive(name):
   losses = jnp.array([1.0, 0.0, 2.0])
   gradients = gradients_at(0)
   combiner = COMBINERS[name]
-  with pytest.raises(ValueError, match="must be positive"):
+  with pytest.raises(ValueError, match=r"must be positive; that of task 1 is 0\.0"):
     combiner.update(losses, gradients, combiner.init(gradients), key=jax.random.key(0))
   absent = jnp.array([True, False, True])
   jax.eval_shape(lambda state: combiner.update(losses, gradients, state, present=absent), combiner.init(gradients))
@@ -362,6 +381,20 @@ def test_joint_loss():
     balancing.joint_loss(named, {"left": jnp.float32(1.0), "middle": jnp.float32(1.0)})
   with pytest.raises(ValueError, match="one entry for each loss"):
     balancing.joint_loss(named, jnp.ones(3))
+  for weights in (2.0, jnp.ones((2, 1))):
+    with pytest.raises(ValueError, match=r"^weights must be an array \[T\]"):
+      balancing.joint_loss(named, weights)
+
+
+@pytest.mark.parametrize("name", COMBINERS)
+def test_losses_by_name_are_refused(name):
+  combiner, losses = COMBINERS[name], {"left": jnp.ones(()), "right": jnp.ones(())}
+  gradients, key = gradients_at(0, 2), jax.random.key(0)
+  with pytest.raises(ValueError, match=r"losses must be one array \[T\]; got a dict.*jnp\.stack"):
+    combiner.update(losses, gradients, combiner.init(gradients), key=key)
+  if name in BALANCERS:
+    with pytest.raises(ValueError, match=rf"^{name.split()[0]}.*losses must be one array \[T\]; got a dict"):
+      BALANCERS[name].update(losses, BALANCERS[name].init(2), gramian=jnp.eye(2), key=key)
 
 
 # --- combiners --------------------------------------------------------------------------------------------------------
@@ -451,6 +484,23 @@ def test_excess_mtl_favours_the_task_whose_gradients_do_not_fall():
   zero_first = combiner.update(np.ones(2, np.float32), [rows * [[1], [0]]], combiner.init([rows]))[1]
   _, after = combiner.update(np.ones(2, np.float32), [rows], zero_first)
   assert np.isfinite(after.weights).all()
+
+
+def test_excess_mtl_weights_come_back_from_nothing():
+  """Three hundred e-folds are below the smallest float32, and a weight of 0 would stay 0."""
+  combiner = balancing.excess_mtl(learning_rate=1.0)
+  rows = np.eye(2, dtype=np.float32)
+  update = jax.jit(combiner.update)
+  state = combiner.init([rows])
+  for scale in ([[1], [1]], *[[[1], [300]]] * 3):
+    direction, state = update(np.ones(2, np.float32), [rows * np.array(scale, np.float32)], state)
+  assert state.weights[0] > 0
+  direction, alone = update(np.ones(2, np.float32), [rows], state, present=np.array([True, False]))
+  assert_close(direction[0], rows[0], 1e-6)
+  assert np.isfinite(alone.weights).all()
+  for _ in range(3):
+    _, state = update(np.ones(2, np.float32), [rows * np.array([[1e4], [1e-4]], np.float32)], state)
+  assert state.weights[0] > 0.99
 
 
 def test_from_function_needs_its_key():

@@ -103,6 +103,8 @@ def test_groups():
   assert_close(sum(jax.tree.leaves(by_layer)), balancing.gramian(gradients), 1e-6)
   assert_close(balancing.gramian(gradients, depth=0), balancing.gramian(gradients), 1e-6)
   weights = balancing.per_group(balancing.upgrad)(by_layer)
+  with pytest.raises(ValueError, match="per_group: there is no Gramian"):
+    balancing.per_group(balancing.upgrad)({})
   combined = balancing.combine(gradients, weights)
   for name in ("layer", "scale"):
     part = {name: gradients[name]}

@@ -84,6 +84,17 @@ def test_value_and_least_norm_gradient_in_float32(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("largest", [1.6e38, 1.8e38, 3e38])
+def test_entries_up_to_the_largest_float32(method, largest):
+  x = (1e35 * WELL_POSED["random"]).astype(np.float32)
+  x[0, 0] = largest
+  value, gradient = value_and_grad(method)(x)
+  expected, expected_gradient = reference(x)
+  assert error(value, expected) <= 1e-5
+  assert error(gradient, expected_gradient) <= 1e-3  # the condition is 1e4
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_value_and_least_norm_gradient_in_float64(method):
   with jax.enable_x64(True):
     compute = value_and_grad(method)

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kdflax import models
 from kdflax.coupling import (
   compose,
   l2_coupling,
@@ -130,6 +131,41 @@ def test_sharded_parameters_give_the_result_of_one_device(penalty):
   for a, b in zip(jax.tree.leaves(sharded_gradients), jax.tree.leaves(gradients), strict=True):
     assert len(a.sharding.device_set) == 8
     assert np.linalg.norm(np.asarray(a) - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def collectives(penalty, shape, spec, count=3):
+  """Lines of the compiled value and gradient that move more than a reduction, over leaves of one shape and layout."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  layout = NamedSharding(mesh, spec)
+  tasks = [jax.device_put(np.random.default_rng(i).normal(size=shape).astype(np.float32), layout) for i in range(count)]
+  compute = jax.jit(jax.value_and_grad(penalty), out_shardings=(None, [layout] * count))
+  text = compute.lower(tasks).compile().as_text()
+  assert " all-reduce(" in text
+  moves = (" all-gather", " all-to-all", " collective-permute")
+  return [line for line in text.splitlines() if any(f"{move}(" in line or f"{move}-start(" in line for move in moves)]
+
+
+@pytest.mark.parametrize(
+  ("penalty", "shape", "spec"),
+  [
+    (l2_coupling, (1024, 16), P("data", None)),
+    (l2_coupling, (64, 64), P(None, "data")),
+    (l2_coupling, (3, 3, 64, 16), P(None, None, "data", None)),
+    (l2_coupling, (3, 3, 16, 64), P(None, None, None, "data")),
+    (trace_norm_coupling, (1024, 16), P("data", None)),
+    (trace_norm_coupling, (16, 1024), P(None, "data")),
+    (trace_norm_coupling, (3, 3, 64, 16), P(None, None, "data", None)),
+    (lambda leaves: sum(map(stacked_trace_norm, leaves)), (64, 16, 3), P("data", None, None)),
+    (lambda leaves: sum(map(stacked_trace_norm, leaves)), (16, 64, 3), P(None, "data", None)),
+  ],
+)
+def test_common_layouts_are_not_gathered(penalty, shape, spec):
+  assert collectives(penalty, shape, spec) == []
+
+
+def test_the_short_side_is_gathered():
+  """So the sweep above can fail."""
+  assert collectives(trace_norm_coupling, (1024, 16), P(None, "data"))
 
 
 def test_row_sharded_parameters_are_not_gathered():
@@ -286,6 +322,35 @@ def test_proximal_step_makes_stacked_tasks_share_a_direction():
   updates, _ = transformation.update(jnp.zeros_like(stacked), transformation.init(stacked), stacked)
   s = np.linalg.svd(np.asarray(stacked + updates).reshape(20, 3), compute_uv=False)
   assert s[1] <= 1e-6 * s[0]
+
+
+def test_proximal_step_makes_soft_sharing_low_rank():
+  """Parameters as the library stacks them, tasks first: of rank 1 over four tasks after one Optax step."""
+  heads = {task: models.task_head() for task in "abcd"}
+  batch = {"image": np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)}
+  params, _ = models.soft_sharing(models.mlp((8,), None), heads).init(jax.random.key(0), batch)
+  stacked = params["stacked"]
+  unfolded = np.asarray(stacked["hidden"]["0"]["kernel"], np.float64).reshape(4, -1)
+  s = np.linalg.svd(unfolded, compute_uv=False)
+  transformation = optax.chain(optax.sgd(0.0), proximal_trace_norm((s[0] + s[1]) / 2, task_axis=0))
+  updates, _ = transformation.update(stacked, transformation.init(stacked), stacked)
+  kernel = np.asarray(optax.apply_updates(stacked, updates)["hidden"]["0"]["kernel"])
+  after = np.linalg.svd(kernel.reshape(4, -1), compute_uv=False)
+  np.testing.assert_allclose(after[0], (s[0] - s[1]) / 2, rtol=1e-4)
+  assert after[1] <= 1e-6 * s[0]
+  np.testing.assert_allclose(stacked_trace_norm(stacked["hidden"]["0"]["kernel"], task_axis=0), s.sum(), rtol=1e-5)
+  moved = jnp.moveaxis(stacked["hidden"]["0"]["kernel"], 0, 1)
+  for unfolding in ("last", "tucker", "train"):
+    expected = stacked_trace_norm(jnp.moveaxis(moved, 1, -1), unfolding=unfolding)
+    np.testing.assert_allclose(stacked_trace_norm(moved, unfolding=unfolding, task_axis=1), expected, rtol=1e-6)
+
+
+def test_a_missing_task_axis_is_named():
+  with pytest.raises(ValueError, match=r"a leaf of shape \(3, 2\) has no task axis 2"):
+    stacked_trace_norm(jnp.ones((3, 2)), task_axis=2)
+  transformation, params = proximal_trace_norm(0.1, task_axis=-3), jnp.ones((3, 2))
+  with pytest.raises(ValueError, match="has no task axis -3"):
+    transformation.update(params, transformation.init(params), params)
 
 
 def test_proximal_step_mistakes_are_named():
