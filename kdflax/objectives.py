@@ -33,7 +33,9 @@ class Term:
     inputs: argument name -> where its value comes from: a context path such as `"student.features.stage1"`, an
       `optax.Schedule` called with the step (a temperature that changes), or a constant. `"where"` (one bool per
       example) may always be given: it masks the mean, and goes to the loss as well if that has a keyword-only
-      `where`, as kdflax's losses do. Optax's `where` is positional and means classes; it is left alone.
+      `where`, as kdflax's losses do. Any other loss sees zeros in place of masked examples, in every array from the
+      context whose leading axes are those of `where`: whatever stands for a missing label there (NaN, -1) reaches
+      neither value nor gradient. Optax's `where` is positional and means classes; it is left alone.
     weight: number >= 0, scalar array, or `optax.Schedule`.
     stop_gradient: context paths whose arrays get no gradient through this Term, with all that lies below them.
 
@@ -100,13 +102,18 @@ def per_example(
 ) -> tuple[jax.Array, jax.Array | None]:
   """Returns what the loss of a Term returns, and its `where`."""
   arguments = {argument: _value(source, term, context, step) for argument, source in term.inputs.items()}
-  where = arguments.get("where")
+  where = arguments.pop("where", None)
   function = term.loss
   while isinstance(function, functools.partial):  # which turns positional arguments into keyword-only ones
     function = function.func
   parameters = _parameters(function)
-  if "where" in arguments and ("where" not in parameters or parameters["where"].kind is not _KEYWORD_ONLY):
-    del arguments["where"]
+  if "where" in parameters and parameters["where"].kind is _KEYWORD_ONLY:
+    arguments |= {} if where is None else {"where": where}
+  elif where is not None:  # masking the result is not enough: 0 times the derivative at a NaN is NaN
+    read = {argument: value for argument, value in arguments.items() if isinstance(term.inputs[argument], str)}
+    arguments |= {
+      argument: jax.tree.map(lambda array: _masked(array, where), value) for argument, value in read.items()
+    }
   if axis_name is not None and "axis_name" in parameters:
     arguments["axis_name"] = axis_name
   return jnp.asarray(term.loss(**arguments)), where
@@ -135,6 +142,14 @@ def _value(source: Any, term: Term, context: Context, step: jax.Array | int) -> 
     return source
   value = lookup(context, source)
   return jax.lax.stop_gradient(value) if is_stopped(term, source) else value
+
+
+def _masked(array: Any, where: jax.Array) -> Any:
+  """Zeros in place of masked examples, if the leading axes of the array count examples."""
+  if jnp.shape(array)[: jnp.ndim(where)] != jnp.shape(where):
+    return array
+  array = jnp.asarray(array)
+  return jnp.where(jnp.expand_dims(where, range(jnp.ndim(where), array.ndim)), array, jnp.zeros_like(array))
 
 
 def is_stopped(term: Term, path: str) -> bool:

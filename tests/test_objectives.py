@@ -159,6 +159,48 @@ def test_nan_in_masked_rows_reaches_no_value_and_no_gradient():
   assert np.any(_gradients(terms, broken)["student"]["embedding"])
 
 
+@pytest.mark.parametrize("filler", [np.nan, np.inf, 1e38])
+def test_a_missing_number_reaches_nothing_through_a_loss_that_knows_no_mask(filler):
+  where = np.array([True, False, True])
+  context = {"student": {"y": jnp.array([1.0, 2.0, 4.0])}, "batch": {"y": np.array([0, filler, 1], "f"), "has": where}}
+  inputs = {"predictions": "student.y", "targets": "batch.y", "where": "batch.has"}
+  terms = {"regression": Term(optax.squared_error, inputs)}
+  loss = lambda y: evaluate(terms, {**context, "student": {"y": y}})[0]["regression"]
+  value, gradient = jax.value_and_grad(loss)(context["student"]["y"])
+  assert value == (1 + 9) / 2
+  np.testing.assert_array_equal(gradient, [1, 0, 3])
+
+
+@pytest.mark.parametrize("filler", [-1, 999])
+def test_a_missing_class_reaches_nothing_through_a_loss_that_knows_no_mask(filler):
+  context = _context()
+  where = context["batch"]["where"]
+  broken = context | {"batch": {"label": np.where(where, context["batch"]["label"], filler), "where": where}}
+  terms = {"hard": Term(cross_entropy, {**HARD, "where": "batch.where"})}
+  jax.tree.map(np.testing.assert_array_equal, evaluate(terms, broken), evaluate(terms, context))
+  jax.tree.map(np.testing.assert_array_equal, _gradients(terms, broken), _gradients(terms, context))
+
+
+def test_only_what_counts_examples_is_masked():
+  """Not a constant that happens to be as long as the batch, nor an array of another length; a mask of steps covers
+  all that lies below a step."""
+  where = jnp.arange(6).reshape(2, 3) % 2 == 0
+  seen = {}
+
+  def loss(steps, flags, classes, table, nested):
+    seen.update(steps=steps, flags=flags, classes=classes, table=table, nested=nested)
+    return steps.sum(-1)
+
+  batch = {"steps": jnp.ones((2, 3, 4)), "flags": ~where, "table": jnp.ones((3, 3)), "where": where}
+  inputs = {name: f"batch.{name}" for name in ("steps", "flags", "table", "where")}
+  inputs |= {"classes": jnp.ones((2, 3)), "nested": "model.features"}
+  evaluate({"t": Term(loss, inputs)}, {"batch": batch, "model": {"features": {"a": jnp.ones((2, 3))}}})
+  np.testing.assert_array_equal(seen["steps"], np.where(where[..., None], np.ones((2, 3, 4)), 0))
+  np.testing.assert_array_equal(seen["nested"]["a"], where)
+  assert seen["flags"].dtype == bool and not seen["flags"].any()
+  assert np.all(seen["classes"] == 1) and np.all(seen["table"] == 1)
+
+
 @pytest.mark.parametrize(
   ("path", "message"),
   [

@@ -201,6 +201,26 @@ def test_a_row_without_examples_takes_no_part(frozen, by_hand):
   assert training.metrics.means(metrics)["weight/hard"] == 0
 
 
+@pytest.mark.parametrize("balancer", [None, balancing.from_weighting(balancing.conflict_free), balancing.db_mtl()])
+def test_what_stands_for_a_missing_label_does_not_matter(balancer):
+  """NaN for a number and -1 for a class, in masked rows, give the update of any other filler: losses without a mask."""
+  network = {"student": models.mlp((4,), CLASSES), "line": models.linear_connector("student.embedding", 1)}
+  flat = lambda predictions, targets: optax.squared_error(predictions[:, 0], targets)
+  number = {"predictions": "line.output", "targets": "batch.number", "where": "batch.where"}
+  learner = training.learner(network, {"hard": HARD, "number": Term(flat, number)}, optax.sgd(RATE), balancer=balancer)
+  batch = _batch()
+  number = np.arange(8, dtype=np.float32)
+  missing = batch | {
+    "label": np.where(batch["where"], batch["label"], -1),
+    "number": np.where(batch["where"], number, np.nan).astype(np.float32),
+  }
+  state, step = learner.init(jax.random.key(0), missing), jax.jit(learner.step)
+  after, expected = step(state, missing), step(state, batch | {"number": number})
+  jax.tree.map(np.testing.assert_array_equal, after[0].params, expected[0].params)
+  jax.tree.map(np.testing.assert_array_equal, after[1], expected[1])
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after[0].params))
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
