@@ -52,6 +52,12 @@ def _kl(context, temperature):
     ({"inputs": SOFT, "weight": -0.5}, r"weight of kl_soft_targets must be at least 0; got -0.5"),
     ({"inputs": SOFT, "weight": float("nan")}, r"must be at least 0; got nan"),
     ({"inputs": SOFT, "stop_gradient": "teacher"}, r"write \('teacher',\)"),
+    (
+      {"inputs": SOFT, "stop_gradient": ("techer.logits",)},
+      r"names \['techer.logits'\], where none of its inputs lies",
+    ),
+    ({"inputs": SOFT, "stop_gradient": ("teacher", "teach")}, r"names \['teach'\]"),
+    ({"inputs": SOFT, "stop_gradient": ("teacher.logits.left",)}, r"names \['teacher.logits.left'\]"),
   ],
 )
 def test_a_mistaken_term_fails_when_it_is_written(arguments, message):
@@ -113,12 +119,16 @@ def test_the_teacher_gets_no_gradient_unless_it_is_asked_for():
 def test_a_stopped_path_covers_what_lies_below_it_and_no_longer_name():
   assert not np.any(_gradients({"t": _hint("student.features.stage1", ("student.features",))}, _context())["student"]
       ["features"]["stage1"])  # fmt: skip
-  flowing = _gradients({"t": _hint("student.features.stage1", ("student.feat",))}, _context())
-  assert np.any(flowing["student"]["features"]["stage1"])
+  shorter = {"feat": jnp.ones((BATCH, 2)), **_context()["student"]}
+  flowing = _gradients(
+    {"t": _hint("student.features.stage1", ("student.feat",), "student.feat")}, _context() | {"student": shorter}
+  )
+  assert np.any(flowing["student"]["features"]["stage1"]) and not np.any(flowing["student"]["feat"])
 
 
-def _hint(path, stop_gradient):
-  return Term(losses.hint, {"student": path, "teacher": jnp.zeros((BATCH, 2))}, stop_gradient=stop_gradient)
+def _hint(path, stop_gradient, teacher=None):
+  teacher = jnp.zeros((BATCH, 2)) if teacher is None else teacher
+  return Term(losses.hint, {"student": path, "teacher": teacher}, stop_gradient=stop_gradient)
 
 
 @pytest.mark.parametrize("wrap", [lambda loss: loss, functools.partial], ids=["plain", "partial"])
