@@ -39,7 +39,7 @@ class Term:
       neither value nor gradient. Optax's `where` is positional and means classes; it is left alone.
     weight: number >= 0, scalar array, or `optax.Schedule`.
     stop_gradient: context paths whose arrays get no gradient through this Term, with all that lies below them. Each
-      must be, or lie above, the path of an input, but for the default, `"teacher"`, which need not be there.
+      must be, or lie above, the path of an input, but for `"teacher"`, which a tuple that adds to the default may keep.
 
   Raises:
     ValueError: if the loss has no argument of a given name, one it requires is missing, a weight is negative, or
@@ -64,11 +64,11 @@ class Term:
       raise ValueError(f"the weight of {name} must be at least 0; got {self.weight}")
     if isinstance(self.stop_gradient, str):
       raise ValueError(f"stop_gradient must be a tuple of context paths; write ({self.stop_gradient!r},)")
-    if self.stop_gradient != _STOPPED:
-      paths = [source for source in self.inputs.values() if isinstance(source, str)]
-      idle = [stopped for stopped in self.stop_gradient if not any(_lies_below(path, stopped) for path in paths)]
-      if idle:
-        raise ValueError(f"stop_gradient of {name} names {idle}, where none of its inputs lies: {paths}")
+    paths = [source for source in self.inputs.values() if isinstance(source, str)]
+    named = [stopped for stopped in self.stop_gradient if stopped not in _STOPPED]
+    idle = [stopped for stopped in named if not any(_lies_below(path, stopped) for path in paths)]
+    if idle:
+      raise ValueError(f"stop_gradient of {name} names {idle}, where none of its inputs lies: {paths}")
 
 
 def evaluate(

@@ -70,6 +70,11 @@ def test_a_mistake_in_a_partial_names_the_function():
     Term(functools.partial(losses.kl_soft_targets, temperature=2.0), {**SOFT, "logits": "student.logits"})
 
 
+def test_a_tuple_may_add_to_the_default_where_no_input_is_the_teachers():
+  inputs = {"student_logits": "student.logits", "teacher_logits": "mean.logits"}
+  assert Term(losses.kl_soft_targets, inputs, stop_gradient=("teacher", "mean")).stop_gradient == ("teacher", "mean")
+
+
 def test_what_the_loss_has_beyond_its_names_is_allowed():
   Term(lambda student, **rest: student, {"student": "student.logits", "anything": 1})
   Term(cross_entropy, {**HARD, "where": "batch.where"})
