@@ -87,7 +87,7 @@ def train(
   num_steps: int,
   *,
   keys: jax.Array | None = None,
-  frozen: PyTree = None,
+  frozen: Mapping[str, PyTree] | None = None,
   evaluate: Callable[[training.TrainState], dict[str, Any]] | None = None,
 ) -> Phase:
   """Trains a learner for each seed at once, saved and resumed under the name of the phase.
@@ -99,7 +99,7 @@ def train(
     feed: its data.
     num_steps: updates.
     keys: one key for each seed; by default those of `config.seeds` seeds, the same in every phase.
-    frozen: handed to the learner, each leaf with an axis for the seeds.
+    frozen: handed to the learner, each leaf with an axis for the seeds; as `run` takes it.
     evaluate: `state -> numbers by name`, ten times during the phase.
   """
   given = () if frozen is None else (frozen,)
@@ -123,7 +123,7 @@ def run(
   num_steps: int,
   *,
   keys: jax.Array | None = None,
-  frozen: PyTree = None,
+  frozen: Mapping[str, PyTree] | None = None,
   evaluate: Callable[[training.TrainState], dict[str, Any]] | None = None,
 ) -> Phase:
   """Runs a program, saved and resumed under the name of the phase; `train` makes one for the seeds of a learner.
@@ -135,12 +135,13 @@ def run(
     batches: iterator, with a position if the batches depend on it.
     num_steps: updates.
     keys: as for `train`.
-    frozen: handed to the program.
+    frozen: handed to the program, by name; the checkpoints of the phase are bound to its content.
     evaluate: as for `train`.
   """
   config, chunk = session.config, program.steps_per_call
   keys = jax.random.split(jax.random.key(0), config.seeds) if keys is None else keys
   given = () if frozen is None else (frozen,)
+  bound = {name: training.digest(arrays) for name, arrays in (frozen or {}).items()}
   example = common.peek(batches)
   state = program.init(keys, example, *given)
   interval = max(num_steps // 10 // chunk, 1) * chunk
@@ -155,6 +156,7 @@ def run(
       steps_per_call=chunk,
       phase=name,
       checkpoints=checkpoints,
+      bound=bound,
       save_every=config.save_every,
       log=session.log,
       log_every=interval,

@@ -19,6 +19,7 @@ from kdflax.losses._examples import AxisName
 
 Context = Mapping[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
+_STOPPED = ("teacher",)  # by default
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -33,18 +34,22 @@ class Term:
     inputs: argument name -> where its value comes from: a context path such as `"student.features.stage1"`, an
       `optax.Schedule` called with the step (a temperature that changes), or a constant. `"where"` (one bool per
       example) may always be given: it masks the mean, and goes to the loss as well if that has a keyword-only
-      `where`, as kdflax's losses do. Optax's `where` is positional and means classes; it is left alone.
+      `where`, as kdflax's losses do. Any other loss sees zeros in place of masked examples, in every array from the
+      context whose leading axes are those of `where`: whatever stands for a missing label there (NaN, -1) reaches
+      neither value nor gradient. Optax's `where` is positional and means classes; it is left alone.
     weight: number >= 0, scalar array, or `optax.Schedule`.
-    stop_gradient: context paths whose arrays get no gradient through this Term, with all that lies below them.
+    stop_gradient: context paths whose arrays get no gradient through this Term, with all that lies below them. Each
+      must be, or lie above, the path of an input, but for `"teacher"`, which a tuple that adds to the default may keep.
 
   Raises:
-    ValueError: if the loss has no argument of a given name, one it requires is missing, or a weight is negative.
+    ValueError: if the loss has no argument of a given name, one it requires is missing, a weight is negative, or
+      `stop_gradient` stops nothing.
   """
 
   loss: Callable[..., Any]
   inputs: Mapping[str, Any]
   weight: float | jax.Array | optax.Schedule = 1.0
-  stop_gradient: tuple[str, ...] = ("teacher",)
+  stop_gradient: tuple[str, ...] = _STOPPED
 
   def __post_init__(self):
     name, parameters = _name(self.loss), _parameters(self.loss)
@@ -59,10 +64,20 @@ class Term:
       raise ValueError(f"the weight of {name} must be at least 0; got {self.weight}")
     if isinstance(self.stop_gradient, str):
       raise ValueError(f"stop_gradient must be a tuple of context paths; write ({self.stop_gradient!r},)")
+    paths = [source for source in self.inputs.values() if isinstance(source, str)]
+    named = [stopped for stopped in self.stop_gradient if stopped not in _STOPPED]
+    idle = [stopped for stopped in named if not any(_lies_below(path, stopped) for path in paths)]
+    if idle:
+      raise ValueError(f"stop_gradient of {name} names {idle}, where none of its inputs lies: {paths}")
 
 
 def evaluate(
-  terms: Mapping[str, Term], context: Context, step: jax.Array | int = 0, *, axis_name: AxisName = None
+  terms: Mapping[str, Term],
+  context: Context,
+  step: jax.Array | int = 0,
+  *,
+  axis_name: AxisName = None,
+  guard: bool = False,
 ) -> tuple[dict[str, jax.Array], Metrics]:
   """Evaluates every Term of an objective on a context.
 
@@ -72,6 +87,8 @@ def evaluate(
     step: the training step, for weights and arguments that are schedules.
     axis_name: mapped axis of `pmap` or `shard_map` that the batch is spread over; also passed to the losses that
       compare examples. Under plain `jit` on a mesh it stays None.
+    guard: whether a Term whose value is not finite gives no gradient. Without it its gradient, even times 0, is NaN,
+      and spoils that of all other Terms.
 
   Returns:
     The weighted mean of each Term by name (their sum is the objective), and its unweighted (sum, count) by name,
@@ -86,6 +103,9 @@ def evaluate(
   for name, term in terms.items():
     try:
       value, where = per_example(term, context, step, axis_name)
+      if guard:  # XLA computes both values once: they differ only in their derivative
+        finite = jnp.isfinite(masked_mean(value, where, axis_name))
+        value, where = per_example(term, context, step, axis_name, passes=finite)
     except (ValueError, TypeError, AssertionError) as error:
       error.add_note(f"in term {name!r}")
       raise
@@ -96,17 +116,27 @@ def evaluate(
 
 
 def per_example(
-  term: Term, context: Context, step: jax.Array | int = 0, axis_name: AxisName = None
+  term: Term,
+  context: Context,
+  step: jax.Array | int = 0,
+  axis_name: AxisName = None,
+  *,
+  passes: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Returns what the loss of a Term returns, and its `where`."""
-  arguments = {argument: _value(source, term, context, step) for argument, source in term.inputs.items()}
-  where = arguments.get("where")
+  """Returns what the loss of a Term returns, and its `where`; if not `passes`, without a gradient."""
+  arguments = {argument: _value(source, term, context, step, passes) for argument, source in term.inputs.items()}
+  where = arguments.pop("where", None)
   function = term.loss
   while isinstance(function, functools.partial):  # which turns positional arguments into keyword-only ones
     function = function.func
   parameters = _parameters(function)
-  if "where" in arguments and ("where" not in parameters or parameters["where"].kind is not _KEYWORD_ONLY):
-    del arguments["where"]
+  if "where" in parameters and parameters["where"].kind is _KEYWORD_ONLY:
+    arguments |= {} if where is None else {"where": where}
+  elif where is not None:  # masking the result is not enough: 0 times the derivative at a NaN is NaN
+    read = {argument: value for argument, value in arguments.items() if isinstance(term.inputs[argument], str)}
+    arguments |= {
+      argument: jax.tree.map(lambda array: _masked(array, where), value) for argument, value in read.items()
+    }
   if axis_name is not None and "axis_name" in parameters:
     arguments["axis_name"] = axis_name
   return jnp.asarray(term.loss(**arguments)), where
@@ -128,18 +158,34 @@ def lookup(context: Context, path: str) -> Any:
   return found
 
 
-def _value(source: Any, term: Term, context: Context, step: jax.Array | int) -> Any:
+def _value(source: Any, term: Term, context: Context, step: jax.Array | int, passes: jax.Array | bool) -> Any:
   if callable(source):
     return source(step)
   if not isinstance(source, str):
     return source
   value = lookup(context, source)
-  return jax.lax.stop_gradient(value) if is_stopped(term, source) else value
+  if is_stopped(term, source):
+    return jax.lax.stop_gradient(value)
+  if passes is True:
+    return value
+  return jax.tree.map(lambda array: jnp.where(passes, array, jax.lax.stop_gradient(array)), value)
+
+
+def _masked(array: Any, where: jax.Array) -> Any:
+  """Zeros in place of masked examples, if the leading axes of the array count examples."""
+  if jnp.shape(array)[: jnp.ndim(where)] != jnp.shape(where):
+    return array
+  array = jnp.asarray(array)
+  return jnp.where(jnp.expand_dims(where, range(jnp.ndim(where), array.ndim)), array, jnp.zeros_like(array))
 
 
 def is_stopped(term: Term, path: str) -> bool:
   """Whether a Term gives no gradient to what lies at a path."""
-  return any(path == stopped or path.startswith(stopped + ".") for stopped in term.stop_gradient)
+  return any(_lies_below(path, stopped) for stopped in term.stop_gradient)
+
+
+def _lies_below(path: str, above: str) -> bool:
+  return path == above or path.startswith(above + ".")
 
 
 def _parameters(loss: Callable) -> Mapping[str, inspect.Parameter]:

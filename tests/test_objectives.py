@@ -52,6 +52,12 @@ def _kl(context, temperature):
     ({"inputs": SOFT, "weight": -0.5}, r"weight of kl_soft_targets must be at least 0; got -0.5"),
     ({"inputs": SOFT, "weight": float("nan")}, r"must be at least 0; got nan"),
     ({"inputs": SOFT, "stop_gradient": "teacher"}, r"write \('teacher',\)"),
+    (
+      {"inputs": SOFT, "stop_gradient": ("techer.logits",)},
+      r"names \['techer.logits'\], where none of its inputs lies",
+    ),
+    ({"inputs": SOFT, "stop_gradient": ("teacher", "teach")}, r"names \['teach'\]"),
+    ({"inputs": SOFT, "stop_gradient": ("teacher.logits.left",)}, r"names \['teacher.logits.left'\]"),
   ],
 )
 def test_a_mistaken_term_fails_when_it_is_written(arguments, message):
@@ -62,6 +68,11 @@ def test_a_mistaken_term_fails_when_it_is_written(arguments, message):
 def test_a_mistake_in_a_partial_names_the_function():
   with pytest.raises(ValueError, match="kl_soft_targets has no argument"):
     Term(functools.partial(losses.kl_soft_targets, temperature=2.0), {**SOFT, "logits": "student.logits"})
+
+
+def test_a_tuple_may_add_to_the_default_where_no_input_is_the_teachers():
+  inputs = {"student_logits": "student.logits", "teacher_logits": "mean.logits"}
+  assert Term(losses.kl_soft_targets, inputs, stop_gradient=("teacher", "mean")).stop_gradient == ("teacher", "mean")
 
 
 def test_what_the_loss_has_beyond_its_names_is_allowed():
@@ -113,12 +124,16 @@ def test_the_teacher_gets_no_gradient_unless_it_is_asked_for():
 def test_a_stopped_path_covers_what_lies_below_it_and_no_longer_name():
   assert not np.any(_gradients({"t": _hint("student.features.stage1", ("student.features",))}, _context())["student"]
       ["features"]["stage1"])  # fmt: skip
-  flowing = _gradients({"t": _hint("student.features.stage1", ("student.feat",))}, _context())
-  assert np.any(flowing["student"]["features"]["stage1"])
+  shorter = {"feat": jnp.ones((BATCH, 2)), **_context()["student"]}
+  flowing = _gradients(
+    {"t": _hint("student.features.stage1", ("student.feat",), "student.feat")}, _context() | {"student": shorter}
+  )
+  assert np.any(flowing["student"]["features"]["stage1"]) and not np.any(flowing["student"]["feat"])
 
 
-def _hint(path, stop_gradient):
-  return Term(losses.hint, {"student": path, "teacher": jnp.zeros((BATCH, 2))}, stop_gradient=stop_gradient)
+def _hint(path, stop_gradient, teacher=None):
+  teacher = jnp.zeros((BATCH, 2)) if teacher is None else teacher
+  return Term(losses.hint, {"student": path, "teacher": teacher}, stop_gradient=stop_gradient)
 
 
 @pytest.mark.parametrize("wrap", [lambda loss: loss, functools.partial], ids=["plain", "partial"])
@@ -157,6 +172,48 @@ def test_nan_in_masked_rows_reaches_no_value_and_no_gradient():
   jax.tree.map(np.testing.assert_array_equal, evaluate(terms, clean), evaluate(terms, broken))
   jax.tree.map(np.testing.assert_array_equal, _gradients(terms, clean), _gradients(terms, broken))
   assert np.any(_gradients(terms, broken)["student"]["embedding"])
+
+
+@pytest.mark.parametrize("filler", [np.nan, np.inf, 1e38])
+def test_a_missing_number_reaches_nothing_through_a_loss_that_knows_no_mask(filler):
+  where = np.array([True, False, True])
+  context = {"student": {"y": jnp.array([1.0, 2.0, 4.0])}, "batch": {"y": np.array([0, filler, 1], "f"), "has": where}}
+  inputs = {"predictions": "student.y", "targets": "batch.y", "where": "batch.has"}
+  terms = {"regression": Term(optax.squared_error, inputs)}
+  loss = lambda y: evaluate(terms, {**context, "student": {"y": y}})[0]["regression"]
+  value, gradient = jax.value_and_grad(loss)(context["student"]["y"])
+  assert value == (1 + 9) / 2
+  np.testing.assert_array_equal(gradient, [1, 0, 3])
+
+
+@pytest.mark.parametrize("filler", [-1, 999])
+def test_a_missing_class_reaches_nothing_through_a_loss_that_knows_no_mask(filler):
+  context = _context()
+  where = context["batch"]["where"]
+  broken = context | {"batch": {"label": np.where(where, context["batch"]["label"], filler), "where": where}}
+  terms = {"hard": Term(cross_entropy, {**HARD, "where": "batch.where"})}
+  jax.tree.map(np.testing.assert_array_equal, evaluate(terms, broken), evaluate(terms, context))
+  jax.tree.map(np.testing.assert_array_equal, _gradients(terms, broken), _gradients(terms, context))
+
+
+def test_only_what_counts_examples_is_masked():
+  """Not a constant that happens to be as long as the batch, nor an array of another length; a mask of steps covers
+  all that lies below a step."""
+  where = jnp.arange(6).reshape(2, 3) % 2 == 0
+  seen = {}
+
+  def loss(steps, flags, classes, table, nested):
+    seen.update(steps=steps, flags=flags, classes=classes, table=table, nested=nested)
+    return steps.sum(-1)
+
+  batch = {"steps": jnp.ones((2, 3, 4)), "flags": ~where, "table": jnp.ones((3, 3)), "where": where}
+  inputs = {name: f"batch.{name}" for name in ("steps", "flags", "table", "where")}
+  inputs |= {"classes": jnp.ones((2, 3)), "nested": "model.features"}
+  evaluate({"t": Term(loss, inputs)}, {"batch": batch, "model": {"features": {"a": jnp.ones((2, 3))}}})
+  np.testing.assert_array_equal(seen["steps"], np.where(where[..., None], np.ones((2, 3, 4)), 0))
+  np.testing.assert_array_equal(seen["nested"]["a"], where)
+  assert seen["flags"].dtype == bool and not seen["flags"].any()
+  assert np.all(seen["classes"] == 1) and np.all(seen["table"] == 1)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ import numpy as np
 import optax
 import pytest
 
-from kdflax import balancing, losses, training
+from kdflax import balancing, losses, models, training
 
 TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 BLOCKS = dict(re.findall(r"^##+ ([^\n]*)\n(?:(?!^#)[^\n]*\n)*?^```python\n(.*?)^```$", TEXT, re.M | re.S))
 PREAMBLE = re.search(r"^```python\n(.*?)^```$", TEXT, re.M | re.S).group(1)
 STEP = 3  # of the update, so that schedules are under way
+STEPS = {"A random or a scheduled choice": (0, 2, 3, 5, 8), "Freezing and unfreezing by path": (3, 99, 100, 101)}
 
 
 class Call(NamedTuple):
@@ -32,8 +33,11 @@ class Call(NamedTuple):
   after: training.TrainState
 
 
-def _execute(title):
-  """Names that a recipe defines, and its runs."""
+def _execute(title, step=STEP):
+  """Names that a recipe defines, and its runs.
+
+  The update is that of a later step: all counters stand there, and averages are no longer what they follow.
+  """
   names: dict[str, Any] = {}
   exec(compile(PREAMBLE, "docs/recipes.md", "exec"), names)
   calls = []
@@ -41,7 +45,10 @@ def _execute(title):
   def run(network, terms, frozen=None, optimizer=None, **options):
     learner = training.learner(network, terms, optimizer or optax.sgd(1.0), **options)
     batch, frozen = _wide(names["batch"]), _wide(frozen or {})
-    before = _wide(learner.init(jax.random.key(0), batch, frozen)._replace(step=jnp.int32(STEP)))
+    start = _wide(learner.init(jax.random.key(0), batch, frozen))
+    counted = jax.tree.map(lambda x: x + step if jnp.issubdtype(x.dtype, jnp.integer) else x, start.opt_state)
+    moved = jax.tree.map(lambda x: 0.8 * x + 0.3 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), start.averages)
+    before = start._replace(step=jnp.int32(step), opt_state=counted, averages=moved)
     calls.append(Call(network, frozen, before, jax.jit(learner.step)(before, batch, frozen)[0]))
     return calls[-1].after
 
@@ -133,10 +140,11 @@ def confidence_weights(call, params, batch):
 
 
 def random_or_scheduled(call, params, batch):
-  _, b, student = (o["logits"] for o in _outputs(call, params, ("a", "b", "student"), batch))
-  return (
-    _kl(student, b) + STEP / 6 * _kl(student, b)
-  ).mean()  # at this step b is drawn, and a's weight has fallen to 0
+  """The teacher b is drawn from step 3 on; the weight of a falls to 0 there, that of b rises all the time."""
+  a, b, student = (o["logits"] for o in _outputs(call, params, ("a", "b", "student"), batch))
+  step = int(call.before.step)
+  early = _kl(student, a) * (2 if step < 3 else 0)
+  return (early + _kl(student, b) * ((step >= 3) + min(step / 8, 1))).mean()
 
 
 def class_subsets(call, params, batch):
@@ -186,20 +194,65 @@ def mean_teacher(call, params, batch):
   return one_teacher(call._replace(frozen={"teacher": (call.before.averages["teacher"], {})}), params, batch)
 
 
+def momentum_encoder(call, params, batch):
+  slow, slow_point = call.before.averages["slow"], call.before.averages["slow_point"]
+  teacher, _ = call.network["slow"].apply(slow, {}, batch, train=False, key=None)
+  (student,) = _outputs(call, params, ("student",), batch)
+  points = _unit(_project(params["point"], student["embedding"])) @ _unit(_project(slow_point, teacher["embedding"])).T
+  return (_ce(student["logits"], batch["label"]) + _ce(points / 0.07, jnp.arange(8))).mean()
+
+
 def between_exits(call, params, batch):
   (student,) = (o["logits"] for o in _outputs(call, params, ("student",), batch))
   return (sum(_ce(z, batch["label"]) for z in student.values()) + _kl(student["early"], student["final"])).mean()
 
 
 def across_augmentations(call, params, batch):
-  (student,) = _outputs(call, params, ("student",), batch)
-  weak, strong = student["weak"]["logits"], student["strong"]["logits"]
+  network = models.mlp((5,), 4)
+  weak, strong = (
+    network.apply(params["student"], {}, {"image": batch[view]}, train=False, key=None)[0]["logits"]
+    for view in ("image", "other")
+  )
   return (_ce(weak, batch["label"]) + _kl(strong, weak)).mean()
 
 
 def unlabelled(call, params, batch):
   teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
   return _ce(student, batch["label"])[:4].mean() + _kl(student, teacher).mean()
+
+
+def mixed_batches(call, params, batch):
+  assert batch["image"].shape == (11, 6) and (np.asarray(batch["label"])[3:] == -1).all()
+  teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
+  return _ce(student[:3], batch["label"][:3]).mean() + _kl(student, teacher).mean()
+
+
+def batches_of_their_own(call, params, batch):
+  assert batch["image"].shape == (13, 6)
+  (student,) = (o["logits"] for o in _outputs(call, params, ("student",), batch))
+  return jnp.stack([
+    _ce(student["left"][:8], batch["label"][:8]).mean(), _ce(student["right"][8:], batch["label"][8:]).mean()
+  ])  # fmt: skip
+
+
+def four_kinds(call, params, batch):
+  """The mean over what is known, of each task by itself."""
+  shared, heads = params["student"]["shared"], params["student"]["task"]
+  grid = jnp.tanh(batch["image"] @ shared["kernel"])
+  reads = {"kind": grid.mean((1, 2)), "size": grid.mean((1, 2)), "part": grid, "tag": grid.mean(2)}
+  rows = []
+  for task in ("kind", "size", "part", "tag"):
+    label = np.asarray(batch["label"][task])
+    known = np.nonzero(np.isfinite(label) if task == "size" else label >= 0)
+    assert 0 < len(known[0]) < label.size
+    said = _project(heads[task]["head"], reads[task])[known]
+    rows.append((jnp.square(said[:, 0] - label[known]) if task == "size" else _ce(said, label[known])).mean())
+  return jnp.stack(rows)
+
+
+def soft_tasks(call, params, batch):
+  teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
+  return sum(_kl(student[task], teacher[task]).mean() for task in ("left", "right"))
 
 
 def schedules(call, params, batch):
@@ -251,11 +304,16 @@ SCHEMES = {
   "Mutual learning": mutual,
   "Online ensemble": online_ensemble,
   "Mean teacher": mean_teacher,
+  "Momentum encoder": momentum_encoder,
   "Born again": functools.partial(one_teacher, temperature=1.0),
   "Teacher assistants": one_teacher,
   "Self-distillation between exits": between_exits,
   "Self-distillation across augmentations": across_augmentations,
   "Unlabelled examples": unlabelled,
+  "Labelled and unlabelled batches in one": mixed_batches,
+  "Tasks with batches of their own": batches_of_their_own,
+  "Four kinds of task in one learner": four_kinds,
+  "Metrics for each task": soft_tasks,
   "Schedules of weights and temperatures": schedules,
   "Curriculum temperature": curriculum,
   "Freezing and unfreezing by path": hard_only,
@@ -263,9 +321,15 @@ SCHEMES = {
   "A teacher known by its content": soft_only,
   "The student leaves": hard_only,
 }
+IN_SHARED = lambda path: "student/shared/" in path
 WEIGHTINGS = {
   "Gradients of the teachers, balanced": (balancing.mgda, lambda path: True),
-  "Single-task teachers into one multi-task student": (balancing.upgrad, lambda path: "student/shared/" in path),
+  "Single-task teachers into one multi-task student": (balancing.imtl_g, IN_SHARED),
+  "Tasks with batches of their own": (balancing.imtl_g, IN_SHARED),
+  "Four kinds of task in one learner": (balancing.aligned_mtl, IN_SHARED),
+}
+MOVES = {  # which params the update moves, where it is not all of them, by path and step
+  "Freezing and unfreezing by path": lambda path, step: "head" in path or (step >= 100 and "hidden/0/bias" in path),
 }
 
 
@@ -280,7 +344,11 @@ def _by_hand(title, call, batch):
   weighting, is_shared = WEIGHTINGS[title]
   rows = jax.jit(jax.jacrev(objective))(call.before.params)
   flat = np.concatenate(
-    [np.asarray(g, np.float64).reshape(2, -1) for path, g in jax.tree.leaves_with_path(rows) if is_shared(_path(path))],
+    [
+      np.asarray(g, np.float64).reshape(len(g), -1)
+      for path, g in jax.tree.leaves_with_path(rows)
+      if is_shared(_path(path))
+    ],
     axis=1,
   )
   weights = weighting(jnp.asarray(flat @ flat.T))
@@ -316,31 +384,121 @@ def float64():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("title", BLOCKS)
-def test_the_update_of_a_recipe_is_the_gradient_of_the_sum_by_hand(title):
-  names, calls = _execute(title)
+@pytest.mark.parametrize(("title", "step"), [(title, step) for title in BLOCKS for step in STEPS.get(title, (STEP,))])
+def test_the_update_of_a_recipe_is_the_gradient_of_the_sum_by_hand(title, step):
+  names, calls = _execute(title, step)
   assert calls
-  part = re.compile("head" if title == "Freezing and unfreezing by path" else "")
   end = ENDS.get(title, lambda path, leaf: leaf)
   for call in calls:
-    _assert_descends(call, _by_hand(title, call, _wide(names["batch"])), part.search, end)
-  if title == "Mean teacher":
-    (call,) = calls
-    mean = lambda average, student: 0.9 * average + 0.1 * student
-    moved = jax.tree.map(mean, call.before.averages["teacher"], call.after.params["student"])
-    jax.tree.map(
-      functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), call.after.averages["teacher"], moved
-    )
-  if title in ("Born again", "Teacher assistants"):
-    taught, learned = calls[1].frozen["teacher"][0], calls[0].after.params["student"]
-    assert all(map(np.array_equal, jax.tree.leaves(taught), jax.tree.leaves(learned)))
-  if title == "Contrastive distillation with its memory":
-    before, after = (state.model_state["contrast"]["memory"] for state in (calls[0].before, calls[0].after))
-    changed = np.any(np.asarray(before.student) != np.asarray(after.student), axis=1)
-    assert np.array_equal(np.flatnonzero(changed), names["batch"]["index"])
-  if title == "The student leaves":
-    expected = _outputs(calls[0], calls[0].after.params, ("student",), names["batch"])[0]["logits"]
-    np.testing.assert_allclose(names["logits"], expected, rtol=1e-9)
+    moves = functools.partial(MOVES[title], step=step) if title in MOVES else lambda path: True
+    _assert_descends(call, _by_hand(title, call, _wide(names["batch"])), moves, end)
+  if title in CHECKS:
+    CHECKS[title](names, calls)
+
+
+def _averages_follow(decay, sources, calls):
+  (call,) = calls
+  for name, source in sources.items():
+    for path, leaf in jax.tree.leaves_with_path(call.after.averages[name]):
+      before, student = (functools.reduce(lambda tree, key: tree[key.key], path, tree)
+                         for tree in (call.before.averages[name], call.after.params[source]))  # fmt: skip
+      np.testing.assert_allclose(leaf, decay * before + (1 - decay) * student, rtol=1e-5, atol=1e-6)
+      assert not np.allclose(before, leaf)
+
+
+def _each_teaches_the_next(names, calls):
+  taught, learned = calls[1].frozen["teacher"][0], calls[0].after.params["student"]
+  assert all(map(np.array_equal, jax.tree.leaves(taught), jax.tree.leaves(learned)))
+
+
+def _the_rows_of_the_batch_are_remembered(names, calls):
+  before, after = (state.model_state["contrast"]["memory"] for state in (calls[0].before, calls[0].after))
+  changed = np.any(np.asarray(before.student) != np.asarray(after.student), axis=1)
+  assert np.array_equal(np.flatnonzero(changed), names["batch"]["index"])
+
+
+def _the_exported_student_says_the_same(names, calls):
+  expected = _outputs(calls[0], calls[0].after.params, ("student",), names["batch"])[0]["logits"]
+  np.testing.assert_allclose(names["logits"], expected, rtol=1e-9)
+
+
+def _the_metrics_are_those_of_numpy(names, calls):
+  """Over the whole set at once, of the student after its update and its teacher."""
+  (call,) = calls
+  batch, results = names["batch"], names["results"]
+  teacher, student = (o["logits"] for o in _outputs(call, call.after.params, ("teacher", "student"), batch))
+  assert len(results) == 12
+  for task in ("left", "right"):
+    p, q = (np.asarray(jax.nn.softmax(logits[task])) for logits in (teacher, student))
+    label, right = batch[task], q.argmax(-1) == batch[task]
+    bins = np.minimum((q.max(-1) * 15).astype(int), 14)
+    expected = {
+      "accuracy": right.mean(),
+      "negative log-likelihood": -np.log(q[np.arange(8), label]).mean(),
+      "Brier score": ((q - np.eye(4)[label]) ** 2).sum(-1).mean(),
+      "agreement": (p.argmax(-1) == q.argmax(-1)).mean(),
+      "KL": (p * np.log(p / q)).sum(-1).mean(),
+      "ECE": sum(abs((q.max(-1) - right)[bins == b].sum()) for b in range(15)) / 8,
+    }
+    for name, value in expected.items():
+      np.testing.assert_allclose(results[f"{task} {name}"], value, rtol=1e-5, err_msg=name)
+
+
+CHECKS = {
+  "Mean teacher": lambda names, calls: _averages_follow(0.9, {"teacher": "student"}, calls),
+  "Momentum encoder": lambda names, calls: _averages_follow(0.99, {"slow": "student", "slow_point": "point"}, calls),
+  "Born again": _each_teaches_the_next,
+  "Teacher assistants": _each_teaches_the_next,
+  "Contrastive distillation with its memory": _the_rows_of_the_batch_are_remembered,
+  "The student leaves": _the_exported_student_says_the_same,
+  "Metrics for each task": _the_metrics_are_those_of_numpy,
+}
+
+
+@pytest.mark.usefixtures("float64")
+def test_two_views_share_statistics_and_no_dropout():
+  """The second view finds the state that the first left; a random network says two things about one image."""
+  two_views = _execute("Self-distillation across augmentations")[0]["two_views"]
+  network = models.convnet((2, 3), 4, dropout=0.5)
+  random = np.random.default_rng(0)
+  batch = {name: random.normal(size=(4, 5, 5, 1)).astype(np.float32) for name in ("image", "other")}
+  params, state = network.init(jax.random.key(0), batch)
+  _, after = two_views(network).apply(params, state, batch, train=True, key=jax.random.key(1))
+  expected = state
+  for view in ("image", "other"):
+    _, expected = network.apply(params, expected, {"image": batch[view]}, train=True, key=jax.random.key(2))
+  assert jax.tree.leaves(expected)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after, expected)
+  same = batch | {"other": batch["image"]}
+  says = lambda train, key: two_views(network).apply(params, state, same, train=train, key=key)[0]
+  assert not np.allclose(
+    says(True, jax.random.key(1))["weak"]["logits"], says(True, jax.random.key(1))["strong"]["logits"]
+  )
+  np.testing.assert_array_equal(says(False, None)["weak"]["logits"], says(False, None)["strong"]["logits"])
+
+
+# What the audit of these tests changed in the recipes; each must be noticed.
+MUTATIONS = [
+  ("Mean teacher", ', "soft": soft("student.logits", "teacher.logits")', ""),
+  ("Momentum encoder", 'Average("point", decay=0.99)', 'Average("point", decay=0.5)'),
+  ("Single-task teachers into one multi-task student", "from_weighting(balancing.imtl_g)", "fixed(0.5)"),
+  ("Single-task teachers into one multi-task student", 'shared="student/shared/"', 'shared="student"'),
+  ("Freezing and unfreezing by path", "jnp.where(step < 100, 0.0, 1.0)", "0.0"),
+  ("A random or a scheduled choice", "jax.nn.one_hot(jnp.minimum(step // 3, 1), 2)", "jnp.array([0.0, 1.0])"),
+  ("Self-distillation across augmentations", 'batch["other"]', 'batch["image"]'),
+  ("Tasks with batches of their own", '"right": ~both', '"right": both'),
+  ("Four kinds of task in one learner", "from_weighting(balancing.aligned_mtl)", "fixed(0.5)"),
+]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("title", "old", "new"), MUTATIONS, ids=[f"{title}-{new}" for title, _, new in MUTATIONS])
+def test_a_recipe_that_says_something_else_is_noticed(title, old, new, monkeypatch):
+  assert old in BLOCKS[title]
+  monkeypatch.setitem(BLOCKS, title, BLOCKS[title].replace(old, new))
+  with pytest.raises(AssertionError):
+    for step in STEPS.get(title, (STEP,)):
+      test_the_update_of_a_recipe_is_the_gradient_of_the_sum_by_hand(title, step)
 
 
 def test_every_scheme_is_on_the_page():

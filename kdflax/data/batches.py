@@ -186,13 +186,27 @@ def mix(labelled: Arrays, unlabelled: Arrays) -> Arrays:
     The rows of both, with `labelled`, bool: the mask of the terms that need a label.
 
   Raises:
-    ValueError: the two have different names, or rows of different shape.
+    ValueError: the two have different names, or rows of different shape; each is listed.
   """
   first, rest = num_examples(labelled), num_examples(unlabelled)
-  try:
-    together = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), labelled, unlabelled)
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"labelled and unlabelled batches differ in names or shapes: {error}") from error
+  rows, others = (
+    {
+      jax.tree_util.keystr(path, simple=True, separator="."): jnp.shape(x)[1:]
+      for path, x in jax.tree.leaves_with_path(b)
+    }
+    for b in (labelled, unlabelled)
+  )
+  differing = [
+    f"{name}: {rows.get(name, 'absent')} labelled, {others.get(name, 'absent')} unlabelled"
+    for name in sorted(rows.keys() | others.keys())
+    if rows.get(name) != others.get(name)
+  ]
+  if differing:
+    raise ValueError(
+      "labelled and unlabelled batches must have the same names and rows of one shape; put any number where there is no"
+      " label (-1, NaN):\n  " + "\n  ".join(differing)
+    )
+  together = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), labelled, unlabelled)
   return together | {"labelled": jnp.arange(first + rest) < first}
 
 

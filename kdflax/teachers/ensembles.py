@@ -30,7 +30,8 @@ def average_logits(paths: Sequence[str], *, weights: Weights | None = None) -> M
 
   Args:
     paths: context paths of the teachers' logits [batch, ..., classes].
-    weights: one number >= 0 for each teacher, equal by default; or a function of the step that returns them.
+    weights: one number >= 0 for each teacher, equal by default; or a function of the step that returns them. At a step
+      where it returns nothing but 0 the teachers count equally.
 
   Returns:
     A model with `logits` [batch, ..., classes] in float32 or wider, and `weights` [batch, teachers], which sum to 1.
@@ -129,8 +130,9 @@ def random_teacher(paths: Sequence[str], *, per: str = "example", weights: Weigh
   Args:
     paths: context paths of the teachers' logits [batch, ..., classes].
     per: draw a teacher for each `"example"`, or one for the whole `"batch"`.
-    weights: probabilities of the teachers up to a factor, equal by default; or a function of the step that returns
-      them, for a choice that follows a schedule: `lambda step: jax.nn.one_hot(step // 1000, 2)`.
+    weights: probabilities of the teachers up to a factor, equal by default or where all are 0; or a function of the
+      step that returns them, for a choice that follows a schedule: the next teacher every 1000 steps, and the last one
+      from then on, is `lambda step: jax.nn.one_hot(jnp.minimum(step // 1000, 1), 2)` for two of them.
 
   Returns:
     A model with `logits` [batch, ..., classes] in float32 or wider, those of the teacher drawn, and `weights` [batch,
@@ -254,12 +256,18 @@ def _ensemble(paths, combine: Combine, weights, *, extra: str | None = None, ran
     stacked = _stack(paths, logits if place is None else place(*logits))
     if share.shape != (len(paths),):
       raise ValueError(f"weights must be one number for each of {list(paths)}; got shape {list(share.shape)}.")
-    shares = jnp.broadcast_to((share / share.sum()).astype(stacked.dtype), (stacked.shape[1], len(paths)))
+    shares = jnp.broadcast_to(_shares(share).astype(stacked.dtype), (stacked.shape[1], len(paths)))
     options = {"train": train, "key": key} if random else {}
     combined, shares = combine(stacked, shares, *rest, **options)
     return {"logits": combined, "weights": shares}, state
 
   return Model(_no_variables, apply, (*paths, *others))
+
+
+def _shares(weights: jax.Array) -> jax.Array:
+  """Weights over their sum; equal shares where that is not positive, so that a schedule that ran out is defined."""
+  total = weights.sum()
+  return jnp.where(total <= 0, 1 / weights.size, weights / jnp.where(total <= 0, 1, total))
 
 
 def _no_variables(key, example):

@@ -66,10 +66,11 @@ def load_variables(path: str | pathlib.Path, *, digest: str | None = None) -> tu
   try:
     arrays = {name: array_of(stored) for name, stored in deserialize(content)}
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    claimed, empty = header["digest"], json.loads(header["empty"])
-  except (SafetensorError, KeyError, ValueError, TypeError) as error:
-    raise ValueError(f"{path} is not a file of save_variables, or is damaged: {error}") from error
-  variables = _nest(arrays, empty)
+    claimed, variables = header["digest"], _nest(arrays, json.loads(header["empty"]))
+  except (SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{path} is not a file of save_variables, or is damaged: {type(error).__name__} {error}; save the teacher again"
+    ) from error
   if claimed != _digest(variables):
     raise ValueError(f"{path} is damaged: its arrays are not those that were saved; restore the file")
   if digest not in (None, claimed):

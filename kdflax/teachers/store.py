@@ -80,9 +80,8 @@ def read_record(directory: str | pathlib.Path, index: np.ndarray | None = None) 
   for name in (_MANIFEST, _ARRAYS):
     if not (directory / name).is_file():
       raise ValueError(f"{directory} holds no complete teacher record ({name} is missing); record the teacher again")
-  manifest = json.loads((directory / _MANIFEST).read_text())
   content = (directory / _ARRAYS).read_bytes()
-  if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+  if hashlib.sha256(content).hexdigest() != _recorded_digest(directory / _MANIFEST):
     raise ValueError(f"{directory / _ARRAYS} is not what was recorded (its SHA-256 differs); record the teacher again")
   flat = {name: array_of(stored) for name, stored in deserialize(content)}
   recorded_index = flat.pop(_INDEX)
@@ -95,6 +94,13 @@ def read_record(directory: str | pathlib.Path, index: np.ndarray | None = None) 
     if missing.size:
       raise ValueError(f"the record in {directory} lacks {missing.size} of the examples, first {missing[:5].tolist()}")
   return _nest({name: array[rows] for name, array in flat.items()})
+
+
+def _recorded_digest(manifest: pathlib.Path) -> str:
+  try:
+    return json.loads(manifest.read_text())["sha256"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{manifest} is damaged ({type(error).__name__}: {error}); record the teacher again") from error
 
 
 def recorded(path: str = "batch.teacher") -> Model:

@@ -2,6 +2,7 @@
 
 from kdflax.training import metrics
 from kdflax.training.checkpoints import Checkpoints, digest
+from kdflax.training.evaluation import apply_models, make_eval_step
 from kdflax.training.loop import fit
 from kdflax.training.mesh import make_mesh, place_batch, replicated
 from kdflax.training.run import (
@@ -14,7 +15,7 @@ from kdflax.training.run import (
   write_atomically,
 )
 from kdflax.training.state import TrainState, named_key
-from kdflax.training.step import Average, Learner, Penalty, apply_models, learner, make_eval_step, make_train_step
+from kdflax.training.step import Average, Learner, Penalty, learner, make_train_step
 
 __all__ = [
   "PREEMPTED",

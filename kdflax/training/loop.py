@@ -1,7 +1,7 @@
 """The training loop: step, log, evaluate, save, and only then the next batch."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ def fit(
   steps_per_call: int = 1,
   phase: str = "train",
   checkpoints: Checkpoints | None = None,
+  bound: Mapping[str, str] | None = None,
   save_every: int = 1000,
   log: MetricsLog | None = None,
   log_every: int = 100,
@@ -46,6 +47,8 @@ def fit(
     steps_per_call: updates that one call of `step` makes; must divide `num_steps` and every interval.
     phase: name of this training in the log.
     checkpoints: where to save and resume; the last state is always saved.
+    bound: what training depends on besides its arguments, by name, as a text that says its content: the `digest` of a
+      frozen teacher, which is no part of the state. Kept with every checkpoint, and compared on resume.
     save_every: updates between checkpoints.
     log: gets a row of means every `log_every` updates, and one for each evaluation.
     log_every: updates between rows.
@@ -59,7 +62,8 @@ def fit(
 
   Raises:
     Preempted: if `stop` was set before the end; the state is saved.
-    ValueError: if the intervals are not multiples of `steps_per_call`, or no checkpoint found is intact.
+    ValueError: if the intervals are not multiples of `steps_per_call`, no checkpoint found is intact, or what is
+      `bound` is not what it was.
   """
   intervals = {"num_steps": num_steps, "save_every": save_every, "log_every": log_every}
   intervals |= {"evaluate_every": evaluate_every} if evaluate_every else {}
@@ -72,6 +76,7 @@ def fit(
   nothing, done, row = window, 0, {}
   restored = checkpoints.restore({"state": state, "window": window}) if checkpoints is not None else None
   if restored is not None:
+    _check_bound(phase, restored.extra.get("bound", {}), bound or {})
     done, state = restored.step, restored.arrays["state"]
     window = jax.device_get(restored.arrays["window"])  # on the host it adds to metrics on any devices
     if done >= num_steps:
@@ -87,7 +92,7 @@ def fit(
   def save(scores: dict[str, Any] | None) -> None:
     if checkpoints is not None:
       position = batches.get_state() if hasattr(batches, "get_state") else None
-      extra = {"data": position, "log": log.offset() if log is not None else 0}
+      extra = {"data": position, "log": log.offset() if log is not None else 0, "bound": dict(bound or {})}
       scores = None if scores is None else {name: float(np.mean(score)) for name, score in scores.items()}
       checkpoints.save(done, {"state": state, "window": window}, extra, scores)
 
@@ -119,6 +124,19 @@ def fit(
   if log is not None:
     log.passed(log.offset())
   return state
+
+
+def _check_bound(phase: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+  differing = [
+    f"{name}: {before.get(name, 'absent')} in the checkpoint, {now.get(name, 'absent')} now"
+    for name in sorted(before.keys() | now.keys())
+    if before.get(name) != now.get(name)
+  ]
+  if differing:
+    raise ValueError(
+      f"{phase} is bound to other content than its checkpoint; give what it was trained with (the teacher's file, say),"
+      " or delete the checkpoints of this phase to start it again:\n  " + "\n  ".join(differing)
+    )
 
 
 _add = jax.jit(add)

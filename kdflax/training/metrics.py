@@ -3,6 +3,9 @@
 The per-example functions, `[..., classes]` logits and `[...]` labels to one value each, serve as the loss of a Term;
 their mean over a whole data set is then exact whatever the batches. The others take a whole data set, or results, at
 once.
+
+A label that is no class (-1, say, for one that is missing) is never right: as if it were one more class, of probability
+0. Mask such examples by the `where` of the Term to leave them out.
 """
 
 from collections.abc import Mapping
@@ -18,30 +21,48 @@ TaskMetrics = Mapping[str, Mapping[str, Any]]  # by task and metric
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """1 where the most likely class is the label, else 0: `[..., classes], [...] -> [...]`."""
+  _check_labels(logits, labels)
   return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
 
 
 def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """`-log softmax(logits)[label]`, in nats: `[..., classes], [...] -> [...]`."""
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-  return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+  """`-log softmax(logits)[label]`, in nats: `[..., classes], [...] -> [...]`; infinite where the label is no class."""
+  known = _check_labels(logits, labels)
+  chosen = jnp.where(known, labels, 0)[..., None]
+  return jnp.where(known, -jnp.take_along_axis(_log_softmax(logits), chosen, axis=-1)[..., 0], jnp.inf)
 
 
 def brier_score(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """`sum_c (softmax(logits)_c - [c = label])^2`: `[..., classes], [...] -> [...]`. Brier, 1950."""
-  probs = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-  return jnp.square(probs - jax.nn.one_hot(labels, logits.shape[-1])).sum(axis=-1)
+  """`sum_c (softmax(logits)_c - [c = label])^2`, plus 1 where the label is no class. Brier, 1950.
+
+  `[..., classes], [...] -> [...]`, between 0 and 2.
+  """
+  known = _check_labels(logits, labels)
+  probs = jnp.exp(_log_softmax(logits))
+  return jnp.square(probs - jax.nn.one_hot(labels, logits.shape[-1])).sum(axis=-1) + ~known
 
 
 def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
   """1 where student and teacher choose the same class, else 0: `[..., classes]` twice `-> [...]`."""
+  _check_same(student_logits=student_logits, teacher_logits=teacher_logits)
   return accuracy(student_logits, jnp.argmax(teacher_logits, axis=-1))
+
+
+def teacher_kl(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+  """`KL(p || q) = sum_c p_c log(p_c / q_c)` of the teacher's p = softmax and the student's q, in nats.
+
+  `[..., classes]` twice `-> [...]`. A class at -inf for the teacher adds nothing; one at -inf for the student alone
+  makes it infinite, as it is.
+  """
+  _check_same(student_logits=student_logits, teacher_logits=teacher_logits)
+  log_p, log_q = _log_softmax(teacher_logits), _log_softmax(student_logits)
+  possible = log_p != -jnp.inf
+  return jnp.where(possible, jnp.exp(log_p) * (log_p - jnp.where(possible, log_q, 0)), 0).sum(axis=-1)
 
 
 def absolute_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
   """`|prediction - target|`, whose mean is the mean absolute error: `[...]` twice `-> [...]`."""
-  if jnp.shape(predictions) != jnp.shape(targets):
-    raise ValueError(f"predictions {jnp.shape(predictions)} and targets {jnp.shape(targets)} must have one shape")
+  _check_same(predictions=predictions, targets=targets)
   return jnp.abs(predictions - targets)
 
 
@@ -139,11 +160,28 @@ def _relative_changes(results, baseline, higher_is_better) -> dict[str, dict[str
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, *, bins: int = 15) -> float:
   """Mean gap between confidence and accuracy over equally wide bins of confidence, weighted by their examples.
 
-  It is no mean over examples, so it takes a whole data set at once: `[examples, classes]` and `[examples]`.
+  It is no mean over examples, so it takes a whole data set at once.
+
+  Args:
+    logits: `[examples, classes]`.
+    labels: integers `[examples]`.
+    bins: their number.
+
+  Returns:
+    Between 0 and 1.
+
+  Raises:
+    ValueError: if shapes or dtypes do not fit, there is no example or no bin, or a logit is NaN.
 
   Reference: Guo et al., "On Calibration of Modern Neural Networks", 2017, arXiv 1706.04599.
   """
-  logits = np.asarray(logits, np.float64)
+  logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+  _check_labels(logits, labels)
+  if labels.ndim != 1 or not len(labels) or bins < 1 or np.isnan(logits).any():
+    raise ValueError(
+      f"expected logits [examples, classes] of at least one example, without NaN, and at least one bin; got"
+      f" {list(logits.shape)}, {np.isnan(logits).sum()} of them NaN, and {bins} bins"
+    )
   probs = np.exp(logits - logits.max(-1, keepdims=True))
   confidence = (probs / probs.sum(-1, keepdims=True)).max(-1)
   correct = logits.argmax(-1) == labels
@@ -161,3 +199,26 @@ def means(sums: Sums) -> dict[str, Any]:
   """Divides (sum, count) pairs: a float by name, or a nested list where they have axes (one per seed, say)."""
   ratio = lambda total, count: (np.asarray(total) / np.maximum(np.asarray(count), 1)).tolist()
   return {name: ratio(*pair) for name, pair in sums.items()}
+
+
+def _check_labels(logits: Any, labels: Any) -> jax.Array:
+  """Raises for labels that would broadcast into nonsense; returns which of them are classes."""
+  expected, shape, dtype = jnp.shape(logits)[:-1], jnp.shape(labels), jnp.result_type(labels)
+  if not jnp.ndim(logits) or shape != expected or not jnp.issubdtype(dtype, jnp.integer):
+    raise ValueError(
+      f"labels must be integers of shape {expected}, one for each row of the logits {jnp.shape(logits)}; got"
+      f" {dtype}{list(shape)}"
+    )
+  labels = jnp.asarray(labels)
+  return (labels >= 0) & (labels < jnp.shape(logits)[-1])
+
+
+def _check_same(**arrays: Any) -> None:
+  shapes = {name: jnp.shape(array) for name, array in arrays.items()}
+  if len(set(shapes.values())) > 1:
+    raise ValueError(f"{' and '.join(shapes)} must have one shape; got {shapes}")
+
+
+def _log_softmax(logits: jax.Array) -> jax.Array:
+  logits = jnp.asarray(logits)
+  return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))

@@ -36,7 +36,7 @@ class RunDirectory:
 
     Raises:
       RunDirectoryError: if another process uses the directory, it is not a run's, its settings differ (with every
-        differing field), or it cannot be written to.
+        differing field) or cannot be read, or it cannot be written to.
     """
     self.path = pathlib.Path(path).absolute()
     settings = json.loads(json.dumps(config))
@@ -67,7 +67,12 @@ class RunDirectory:
     path = self.path / _CONFIG
     if not path.is_file() or accept_changes:
       return
-    before, now = _flat(json.loads(path.read_text())), _flat(config)
+    try:
+      before, now = _flat(json.loads(path.read_text())), _flat(config)
+    except ValueError as error:
+      raise RunDirectoryError(
+        f"{path} is damaged ({error}); restore it, or accept the change to write these settings in its place"
+      ) from error
     differing = [
       f"{field}: {before.get(field, 'absent')!r} before, {now.get(field, 'absent')!r} now"
       for field in sorted(before.keys() | now.keys())

@@ -1,6 +1,5 @@
 """The training step: models -> context -> terms -> balancer -> optimizer, as one pure function."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,19 +9,23 @@ import optax
 from jax.sharding import Mesh
 
 from kdflax import balancing
-from kdflax.objectives import AxisName, Metrics, Term, evaluate, is_stopped, lookup
+from kdflax.objectives import AxisName, Metrics, Term, evaluate, is_stopped
+from kdflax.training.evaluation import Variables, paths_of, read
 from kdflax.training.mesh import replicated
 from kdflax.training.state import TrainState, named_key
+from kdflax.training.update import balance, init_balancer, merge, partition
 
 if TYPE_CHECKING:  # training needs no model, only the shape of one
   from kdflax.models import Model
 
 PyTree = Any
-Frozen = Mapping[str, tuple[PyTree, PyTree]]  # (params, state) by model name
 
 
 class Average(NamedTuple):
-  """A model whose params follow another's: `average = decay * average + (1 - decay) * source` after each update."""
+  """A model whose params follow another's: `average = decay * average + (1 - decay) * source` after each update.
+
+  `decay` is in [0, 1], 0.999 say, or a schedule of such numbers.
+  """
 
   source: str
   decay: float | optax.Schedule
@@ -57,6 +60,7 @@ def learner(
   rows: Mapping[str, Sequence[str]] | None = None,
   shared: str | None = None,
   weigh_own: bool = True,
+  batch_size: int | None = None,
   sample: Callable[[PyTree, jax.Array, jax.Array], PyTree] | None = None,
   axis_name: AxisName = None,
 ) -> Learner:
@@ -74,35 +78,40 @@ def learner(
     penalties: costs of the trained params (a coupling between tasks) by name. They are no rows: a balancer never sees
       them, and their gradient, times their weight, is added to the update that it makes of the rows. The metrics hold
       the unweighted values.
-    balancer: how rows of the objective become one update; by default their sum.
+    balancer: how rows of the objective become one update; by default their sum. A row whose loss is not finite is then
+      absent, as one without examples is: its Terms give no gradient, and the params stay finite if all that a model
+      computes is. Without a balancer it spoils the params, and the loss in the log says so.
     rows: names of the terms that are added before the balancer sees them, by name of the row; by default each term is a
       row.
     shared: regular expression searched in paths such as `student/encoder/kernel`: params whose gradients the balancer
       weighs row by row. All by default.
     weigh_own: whether params that are not shared get the balancer's weights (True) or the plain sum of the rows. A
       Combiner gives no weights, so with one it is always the plain sum.
+    batch_size: for a balancer or Combiner that looks at the gradient of each row: how many rows go back at a time. All
+      by default, which is fastest and takes the memory of as many backward passes as there are rows; with 1 it is that
+      of one, as in `balancing.task_gradients`.
     sample: `(data, key, step) -> batch`, to draw batches from arrays that stay on the device.
-    axis_name: mapped axis when the step runs inside `pmap` or `shard_map`; gradients and statistics are then averaged
-      over it. None under plain `jit`, on a mesh as well.
+    axis_name: mapped axis when the step runs inside `pmap` or `shard_map`; gradients and floating-point statistics are
+      then averaged over it, while counters and other integers stay each device's own. None under plain `jit`, on a mesh
+      as well.
 
   Returns:
     The learner.
 
   Raises:
     ValueError: if a row names an unknown term or leaves one out, an average follows a model that is unknown or not
-      trained, a penalty has the name of a term or a negative weight, or (at trace time) a context path does not exist,
-      arrays do not fit a loss, or a penalty is no scalar.
+      trained or its decay is not in [0, 1], a penalty has the name of a term or a negative weight, `batch_size` < 1, or
+      (at trace time) a context path does not exist, arrays do not fit a loss, a penalty is no scalar, a frozen or
+      averaged model reads a trained one, an average is of another shape than what it follows, or a step is given other
+      frozen models than `init` was.
   """
-  averages = dict(averages or {})
+  averages = _checked_averages(averages, models)
   penalties = _checked_penalties(penalties, terms)
   rows = _checked_rows(rows, terms)
-  for name, average in averages.items():
-    if name not in models or average.source not in models:
-      raise ValueError(f"average {name!r} of {average.source!r}: models are {list(models)}")
-    if average.source in averages:
-      raise ValueError(f"average {name!r} of {average.source!r}, which is an average itself; follow a trained model")
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1; got {batch_size}")
 
-  def outside(frozen: Frozen) -> list[str]:
+  def outside(frozen: Variables) -> list[str]:
     unknown = set(frozen) - set(models)
     if unknown:
       raise ValueError(f"frozen {sorted(unknown)} are not among the models {list(models)}")
@@ -111,59 +120,72 @@ def learner(
       raise ValueError(f"average {', '.join(still)} follows nothing: frozen are {list(frozen)}")
     return [name for name in models if name in frozen or name in averages]
 
-  def init(key: jax.Array, data: PyTree, frozen: Frozen | None = None) -> TrainState:
+  def init(key: jax.Array, data: PyTree, frozen: Variables | None = None) -> TrainState:
     frozen = frozen or {}
-    outside(frozen)
+    _check_reads(models, outside(frozen))
     batch = data if sample is None else jax.eval_shape(sample, data, key, jnp.int32(0))
     context = {"batch": jax.tree.map(_zeros, batch), "step": jnp.int32(0)}
-    params, states = {}, {}
+    params, states, followers = {}, {}, {}
     for name, model in models.items():
-      example = _read(context, model)
+      example = read(context, model)
       source = averages[name].source if name in averages else name
       variables = frozen[name] if name in frozen else model.init(named_key(key, source), example)
-      if name not in frozen and name not in averages:
+      if name in averages:
+        followers[name] = variables
+      elif name not in frozen:
         params[name], states[name] = variables
       shapes = jax.eval_shape(lambda v, x, m=model: m.apply(*v, x, train=False, key=None)[0], variables, example)
       context[name] = jax.tree.map(_zeros, shapes)
     jax.eval_shape(lambda context: evaluate(terms, context, 0), context)  # mistakes show before anything runs
     _check_terms_train(terms, trained=set(params))
+    for name, average in averages.items():
+      _check_same_shapes(name, followers[name], average.source, (params[average.source], states[average.source]))
     for name, penalty in penalties.items():
       shape = jax.eval_shape(penalty.function, params).shape
       if shape:
         raise ValueError(f"penalty {name!r} must return a scalar, it has shape {shape}; sum over it")
-    balancer_state = _init_balancer(balancer, len(rows), _partition(params, shared)[0])
+    balancer_state = init_balancer(balancer, len(rows), partition(params, shared)[0])
     average_params = {name: params[average.source] for name, average in averages.items()}
     state = TrainState(jnp.int32(0), params, states, optimizer.init(params), balancer_state, average_params, key)
     return jax.tree.map(jnp.copy, state)  # a step donates it: no buffer may be in it twice, nor be the caller's
 
-  def step(state: TrainState, data: PyTree, frozen: Frozen | None = None) -> tuple[TrainState, Metrics]:
+  def step(state: TrainState, data: PyTree, frozen: Variables | None = None) -> tuple[TrainState, Metrics]:
     frozen = frozen or {}
+    _check_variables(models, state, frozen)
     key = jax.random.fold_in(state.key, state.step)
     batch = data if sample is None else sample(data, named_key(state.key, "data"), state.step)
     context = {"batch": batch, "step": state.step}
     for name in outside(frozen):
       average = averages.get(name)
       variables = (state.averages[name], state.model_state[average.source]) if average else frozen[name]
-      context[name], _ = models[name].apply(*variables, _read(context, models[name]), train=False, key=None)
+      context[name], _ = models[name].apply(*variables, read(context, models[name]), train=False, key=None)
     context = jax.lax.stop_gradient(context)
 
     def objective(shared_params: PyTree, own_params: PyTree):
-      params, seen, states = _merge(shared_params, own_params), dict(context), {}
+      params, seen, states = merge(shared_params, own_params), dict(context), {}
       for name in params_order:
         seen[name], states[name] = models[name].apply(
-          params[name], state.model_state[name], _read(seen, models[name]), train=True, key=named_key(key, name)
+          params[name], state.model_state[name], read(seen, models[name]), train=True, key=named_key(key, name)
         )
-      values, metrics = evaluate(terms, seen, state.step, axis_name=axis_name)
+      values, metrics = evaluate(terms, seen, state.step, axis_name=axis_name, guard=balancer is not None)
       return jnp.stack([sum(values[term] for term in row) for row in rows.values()]), (states, metrics)
 
     params_order = [name for name in models if name in state.params]
-    shared_params, own_params = _partition(state.params, shared)
+    shared_params, own_params = partition(state.params, shared)
     losses, pullback, (states, metrics) = jax.vjp(objective, shared_params, own_params, has_aux=True)
     present = jnp.stack([sum(metrics[term][1] for term in row) > 0 for row in rows.values()])
-    gradient, balancer_state, weights = _balance(
-      balancer, losses, pullback, present, state.balancer_state, named_key(key, "balancer"), weigh_own, axis_name
+    gradient, balancer_state, weights = balance(
+      balancer,
+      losses,
+      pullback,
+      present,
+      state.balancer_state,
+      key=named_key(key, "balancer"),
+      weigh_own=weigh_own,
+      batch_size=batch_size,
+      axis_name=axis_name,
     )
-    gradient = _merge(*gradient)
+    gradient = merge(*gradient)
     if penalties:
       slope, values = jax.grad(_penalize, has_aux=True)(state.params, penalties, state.step)
       gradient = jax.tree.map(jnp.add, gradient, slope)
@@ -171,7 +193,7 @@ def learner(
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     if axis_name is not None:
-      states = jax.lax.pmean(states, axis_name)
+      states = jax.tree.map(lambda leaf: _mean_if_inexact(leaf, axis_name), states)
     if weights is not None:
       metrics |= {f"weight/{row}": (weight, jnp.ones(())) for row, weight in zip(rows, weights, strict=True)}
     moved = {
@@ -183,25 +205,41 @@ def learner(
   return Learner(init, step)
 
 
-def _balance(balancer, losses, pullback, present, state, key, weigh_own, axis_name):
-  """Returns ((gradient of the shared, of the own params), balancer state, weights of the rows or None)."""
-  mean = (lambda tree: tree) if axis_name is None else (lambda tree: jax.lax.pmean(tree, axis_name))
-  everything = present.astype(losses.dtype)
-  if balancer is None:
-    return mean(pullback(everything)), state, None
-  if not (isinstance(balancer, balancing.Combiner) or balancer.needs_gramian):
-    weights, state = balancer.update(losses, state, key=key, present=present)
-    shared, own = mean(pullback(weights))
-    return (shared, own if weigh_own else mean(pullback(everything)[1])), state, weights
-  # Gradients are averaged over the devices before they are combined: combining is not linear.
-  jacobian = mean(jax.vmap(lambda row: pullback(row)[0])(jnp.eye(len(losses), dtype=losses.dtype)))
-  if isinstance(balancer, balancing.Combiner):
-    direction, state = balancer.update(losses, jacobian, state, key=key, present=present)
-    return (direction, mean(pullback(everything)[1])), state, None
-  gramian = balancing.gramian(jacobian)
-  weights, state = balancer.update(losses, state, gramian=gramian, key=key, present=present)
-  own = mean(pullback(weights if weigh_own else everything)[1])
-  return (balancing.combine(jacobian, weights, present=present), own), state, weights
+def _mean_if_inexact(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
+  """The mean over the devices; a counter or a key has none."""
+  return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+
+def _check_reads(models: "Mapping[str, Model]", outside: Sequence[str]) -> None:
+  """Refuses a model that runs before the trained ones, outside the gradient, and reads one of them."""
+  for name in outside:
+    trained = [p for p in paths_of(models[name]) if p.split(".")[0] in models and p.split(".")[0] not in outside]
+    if trained:
+      raise ValueError(
+        f"{name!r} is frozen or an average, so it runs first and outside the gradient, but it reads {trained} of a"
+        " trained model; train it with the optimizer holding its params still (optax.partition, optax.set_to_zero)"
+      )
+
+
+def _check_variables(models: "Mapping[str, Model]", state: TrainState, frozen: Variables) -> None:
+  """Refuses a state that was made with other frozen models than this step is given."""
+  both = sorted(set(frozen) & set(state.params))
+  neither = [name for name in models if name not in {*frozen, *state.params, *state.averages}]
+  if both:
+    raise ValueError(f"{both} are given as frozen, but this state trains them; give init the frozen models, too")
+  if neither:
+    raise ValueError(f"{neither} are neither in this state nor given as frozen; give the step what init was given")
+
+
+def _check_same_shapes(name: str, follower: Any, source: str, variables: Any) -> None:
+  shapes = lambda tree: {jax.tree_util.keystr(p): jnp.shape(x) for p, x in jax.tree.leaves_with_path(tree)}
+  own, followed = shapes(follower), shapes(variables)
+  if own != followed:
+    path = next(path for path in [*own, *followed] if own.get(path) != followed.get(path))
+    raise ValueError(
+      f"average {name!r} must be the network of {source!r}: {path[3:]} has shape {own.get(path, 'absent')} in the one"
+      f" and {followed.get(path, 'absent')} in the other"
+    )
 
 
 def _check_terms_train(terms: Mapping[str, Term], trained: set[str]) -> None:
@@ -220,18 +258,22 @@ def _check_terms_train(terms: Mapping[str, Term], trained: set[str]) -> None:
       )
 
 
-def _init_balancer(balancer, num_rows: int, shared_params: PyTree) -> PyTree:
-  if balancer is None:
-    return ()
-  if isinstance(balancer, balancing.Combiner):
-    return balancer.init(jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape), leaf.dtype), shared_params))
-  return balancer.init(num_rows)
-
-
 def _penalize(params, penalties, step) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the weighted sum of the penalties, and each without its weight."""
   values = {name: penalty.function(params) for name, penalty in penalties.items()}
   return jnp.sum(jnp.stack([_at(penalties[name].weight, step) * value for name, value in values.items()])), values
+
+
+def _checked_averages(averages, models) -> dict[str, Average]:
+  averages = dict(averages or {})
+  for name, average in averages.items():
+    if name not in models or average.source not in models:
+      raise ValueError(f"average {name!r} of {average.source!r}: models are {list(models)}")
+    if average.source in averages:
+      raise ValueError(f"average {name!r} of {average.source!r}, which is an average itself; follow a trained model")
+    if isinstance(average.decay, int | float) and not 0 <= average.decay <= 1:
+      raise ValueError(f"the decay of average {name!r} must be between 0 and 1, near 1 as 0.999; got {average.decay}")
+  return averages
 
 
 def _checked_penalties(penalties, terms) -> dict[str, Penalty]:
@@ -257,29 +299,8 @@ def _zeros(like: Any) -> jax.Array:
   return jnp.zeros(like.shape, jax.dtypes.canonicalize_dtype(like.dtype))  # NumPy's int64 labels become int32
 
 
-def _read(context: Mapping[str, Any], model: "Model") -> Any:
-  if isinstance(model.inputs, str):
-    return lookup(context, model.inputs)
-  return tuple(lookup(context, path) for path in model.inputs)
-
-
 def _at(value: float | optax.Schedule, step: jax.Array) -> Any:
   return value(step) if callable(value) else value
-
-
-def _partition(params: PyTree, pattern: str | None) -> tuple[PyTree, PyTree]:
-  """Two trees of the structure of params, with None for the leaves of the other."""
-  is_shared = lambda path: pattern is None or re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/"))
-  shared = jax.tree.map_with_path(lambda path, leaf: leaf if is_shared(path) else None, params)
-  own = jax.tree.map_with_path(lambda path, leaf: None if is_shared(path) else leaf, params)
-  if params and not jax.tree.leaves(shared):
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
-    raise ValueError(f"shared={pattern!r} matches none of {paths}")
-  return shared, own
-
-
-def _merge(shared: PyTree, own: PyTree) -> PyTree:
-  return jax.tree.map(lambda a, b: b if a is None else a, shared, own, is_leaf=lambda x: x is None)
 
 
 def make_train_step(learner: Learner, *, mesh: Mesh | None = None, steps_per_call: int = 1) -> Callable:
@@ -302,24 +323,3 @@ def make_train_step(learner: Learner, *, mesh: Mesh | None = None, steps_per_cal
     return state, jax.tree.map(lambda x: x.sum(0), metrics)
 
   return jax.jit(call, donate_argnums=0, out_shardings=None if mesh is None else replicated(mesh))
-
-
-def make_eval_step(models: "Mapping[str, Model]", terms: Mapping[str, Term]) -> Callable:
-  """Compiles an evaluation: `(variables by model name, batch) -> metrics`, in evaluation mode.
-
-  Terms whose inputs name `"where": "batch.where"` leave out the padding of a last batch.
-  """
-
-  @jax.jit
-  def evaluate_batch(variables: Frozen, batch: PyTree) -> Metrics:
-    return evaluate(terms, apply_models(models, variables, batch), 0)[1]
-
-  return evaluate_batch
-
-
-def apply_models(models: "Mapping[str, Model]", variables: Frozen, batch: PyTree) -> dict[str, Any]:
-  """Returns the context of a batch in evaluation mode, at step 0."""
-  context: dict[str, Any] = {"batch": batch, "step": jnp.int32(0)}
-  for name, model in models.items():
-    context[name], _ = model.apply(*variables[name], _read(context, model), train=False, key=None)
-  return context

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdflax.data import DeviceBatches, batch_indices, gather, grain_batches, padded_batches, random_flip, random_shift
+from kdflax.data import (
+  DeviceBatches,
+  MixedBatches,
+  batch_indices,
+  gather,
+  grain_batches,
+  mix,
+  padded_batches,
+  random_flip,
+  random_shift,
+)
 
 NUM_EXAMPLES = 23
 BATCH_SIZE = 5  # 4 batches per epoch, 3 examples dropped
@@ -252,6 +262,42 @@ def test_padded_batches_refuse_at_the_call():
     padded_batches(_arrays(), 0)
   with pytest.raises(ValueError, match="adds 'where'"):
     padded_batches(_arrays() | {"where": np.ones(NUM_EXAMPLES, bool)}, 4)
+
+
+def test_a_mixed_batch_holds_the_rows_of_both_and_says_which_are_labelled():
+  labelled, unlabelled = _arrays(2), gather(_arrays(), np.array([7, 3, 9]))
+  unlabelled["label"]["right"] = np.full(3, -1, np.int32)
+  both = mix(labelled, unlabelled)
+  assert both["labelled"].tolist() == [True, True, False, False, False]
+  np.testing.assert_array_equal(both["label"]["left"], [0, 1, 7, 3, 9])
+  np.testing.assert_array_equal(both["label"]["right"], [0, 1, -1, -1, -1])
+  np.testing.assert_array_equal(both["image"], np.concatenate([labelled["image"], unlabelled["image"]]))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda b: b.pop("label"), r"label.left: \(\) labelled, absent unlabelled\n  label.right: \(\) labelled, absent"),
+    (lambda b: b["label"].update(up=np.zeros(23)), r"label.up: absent labelled, \(\) unlabelled$"),
+    (lambda b: b.update(image=b["image"][:, :3]), r"image: \(4, 4, 1\) labelled, \(3, 4, 1\) unlabelled$"),
+  ],
+  ids=["no labels", "more labels", "shape"],
+)
+def test_batches_that_do_not_mix_are_told_apart_by_name(change, message):
+  other = _arrays()
+  change(other)
+  with pytest.raises(ValueError, match=message):
+    mix(_arrays(), other)
+
+
+def test_two_streams_are_mixed_and_continue_together():
+  make = lambda: MixedBatches(_device(0), _device(1))
+  stream = make()
+  expected = [mix(*pair) for pair in zip(islice(_device(0), 6), islice(_device(1), 6), strict=True)]
+  _assert_equal(_take(stream, 3), expected[:3])
+  again = make()
+  again.set_state(json.loads(json.dumps(stream.get_state())))
+  _assert_equal(_take(again, 3), expected[3:])
 
 
 def test_random_shift_moves_zeros_in_and_covers_all_shifts():

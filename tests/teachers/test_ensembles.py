@@ -36,6 +36,21 @@ def test_average_logits_is_the_weighted_mean(weights):
   _close(outputs["weights"][0], np.full(3, 1 / 3) if weights is None else WEIGHTS / 2)
 
 
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("make", [teachers.average_logits, teachers.average_probabilities, teachers.random_teacher])
+def test_weights_that_are_all_zero_at_a_step_are_equal(make, train):
+  """A schedule that ran out: one_hot of a class that there is not is all zeros, whose shares would be NaN."""
+  model = make(PATHS, weights=lambda step: jax.nn.one_hot(step // 3, 3))
+  keys = jax.random.split(jax.random.key(0), 200)
+  at = lambda step: jax.vmap(
+    lambda key: model.apply({}, {}, (*LOGITS.astype(np.float32), jnp.int32(step)), train=train, key=key)[0]
+  )(keys)
+  np.testing.assert_array_equal(at(8)["weights"], np.broadcast_to([0.0, 0.0, 1.0], (200, 5, 3)))
+  after = at(9)
+  np.testing.assert_allclose(after["weights"].mean((0, 1)), np.full(3, 1 / 3), atol=0.06)
+  assert np.isfinite(after["logits"]).all()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_average_probabilities_is_the_mixture_at_its_temperature(temperature):
   outputs = _run(teachers.average_probabilities(PATHS, temperature=temperature, weights=WEIGHTS), *LOGITS)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from kdflax import models, teachers, training
 
@@ -65,6 +66,23 @@ def test_a_truncated_file_is_refused(path, size):
   teachers.save_variables(path, VARIABLES)
   path.write_bytes(path.read_bytes()[:size])
   with pytest.raises(ValueError, match="damaged"):
+    teachers.load_variables(path)
+
+
+@pytest.mark.parametrize(
+  ("names", "metadata"),
+  [
+    (["x"], None),
+    (["x"], {"digest": "x", "empty": "[]"}),
+    (["params/a"], {"digest": "x", "empty": "[]"}),
+    (["params", "params/a"], {"digest": "x", "empty": '["state"]'}),
+    (["params/a"], {"digest": "x", "empty": "[1]"}),
+  ],
+)
+def test_a_safetensors_file_of_others_is_named(tmp_path, names, metadata):
+  path = tmp_path / "other.safetensors"
+  save_file({name: np.ones(2, np.float32) for name in names}, path, metadata)
+  with pytest.raises(ValueError, match=f"{path} is (not a file of save_variables.*save the teacher again|damaged)"):
     teachers.load_variables(path)
 
 

@@ -70,6 +70,14 @@ def test_changed_content_is_refused(tmp_path, position):
     teachers.read_record(tmp_path)
 
 
+@pytest.mark.parametrize("manifest", ["", '{"sha256": "12', "{}", "[]", "null"])
+def test_a_damaged_manifest_is_named(tmp_path, manifest):
+  teachers.record(tmp_path, _outputs(), INDEX)
+  (tmp_path / "manifest.json").write_text(manifest)
+  with pytest.raises(ValueError, match=rf"{tmp_path}/manifest.json is damaged .*; record the teacher again"):
+    teachers.read_record(tmp_path)
+
+
 def test_shortened_content_is_refused(tmp_path):
   teachers.record(tmp_path, _outputs(), INDEX)
   path = tmp_path / "outputs.safetensors"

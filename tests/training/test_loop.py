@@ -160,6 +160,22 @@ def test_a_finished_run_is_returned_without_another_step(uninterrupted, tmp_path
   assert digests(state) == expected and (tmp_path / "metrics.jsonl").read_bytes() == log
 
 
+@pytest.mark.parametrize(
+  ("before", "now", "named"),
+  [
+    ({"teacher": "a"}, {"teacher": "b"}, "teacher: a in the checkpoint, b now"),
+    (None, {"teacher": "b"}, "teacher: absent in the checkpoint, b now"),
+    ({"teacher": "a"}, None, "teacher: a in the checkpoint, absent now"),
+  ],
+)
+def test_what_a_training_is_bound_to_may_not_change(tmp_path, before, now, named):
+  with pytest.raises(training.Preempted):
+    _fit(tmp_path, _fixed(), stop_after=3, bound=before)
+  with pytest.raises(ValueError, match=f"train is bound to other content.*\n  {named}"):
+    _fit(tmp_path, _fixed(), bound=now)
+  _fit(tmp_path, _fixed(), bound=before)
+
+
 def test_phases_share_a_log(tmp_path):
   """The second phase is stopped before its first save; its rows go, those of the first stay."""
 

@@ -39,6 +39,65 @@ def test_accuracy_and_agreement(arrays):
   np.testing.assert_array_equal(metrics.agreement(logits, teacher), logits.argmax(-1) == teacher.argmax(-1))
 
 
+def test_kl_of_the_teacher_and_the_student(arrays):
+  student = arrays[0]
+  teacher = np.roll(student, 1, axis=0)
+  p, q = _softmax(teacher), _softmax(student)
+  np.testing.assert_allclose(metrics.teacher_kl(student, teacher), (p * np.log(p / q)).sum(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_kl_where_a_class_is_impossible():
+  """For the teacher it adds nothing, whatever the student says; for the student alone it is infinite."""
+  infinite = -np.inf
+  student = np.array([[0.0, 0.0, 5.0], [0.0, 0.0, infinite], [0.0, 0.0, infinite]], np.float32)
+  teacher = np.array([[0.0, 0.0, infinite], [0.0, 0.0, infinite], [0.0, 0.0, 0.0]], np.float32)
+  expected = [np.log((2 + np.exp(5)) / 2), 0, np.inf]
+  np.testing.assert_allclose(metrics.teacher_kl(student, teacher), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, CLASSES, 999])
+def test_a_label_that_is_no_class_is_never_right(arrays, label):
+  logits, labels = arrays
+  some = np.where(np.arange(EXAMPLES) < 3, label, labels)
+  for metric, missing in [
+    (metrics.accuracy, np.zeros(3)),
+    (metrics.negative_log_likelihood, np.full(3, np.inf)),
+    (metrics.brier_score, (_softmax(logits[:3]) ** 2).sum(-1) + 1),
+  ]:
+    found = metric(logits, some)
+    np.testing.assert_allclose(found[:3], missing, rtol=1e-5)
+    np.testing.assert_array_equal(found[3:], metric(logits, labels)[3:])
+  assert metrics.expected_calibration_error(np.zeros((2, CLASSES)), np.array([label, label])) == 1 / CLASSES
+
+
+@pytest.mark.parametrize(
+  "labels", [np.zeros((EXAMPLES, 1), int), np.zeros(1, int), np.zeros(EXAMPLES), np.int64(0)], ids=str
+)
+@pytest.mark.parametrize(
+  "metric",
+  [metrics.accuracy, metrics.negative_log_likelihood, metrics.brier_score, metrics.expected_calibration_error],
+)
+def test_labels_that_would_broadcast_are_refused(arrays, metric, labels):
+  with pytest.raises(ValueError, match=r"labels must be integers of shape \(40,\)"):
+    metric(arrays[0], labels)
+
+
+@pytest.mark.parametrize("metric", [metrics.agreement, metrics.teacher_kl])
+@pytest.mark.parametrize("shape", [(1, CLASSES), (EXAMPLES, CLASSES + 1)])
+def test_teacher_and_student_have_one_shape(arrays, metric, shape):
+  with pytest.raises(ValueError, match="student_logits and teacher_logits must have one shape"):
+    metric(arrays[0], np.zeros(shape, np.float32))
+
+
+def test_calibration_of_nothing_is_refused(arrays):
+  logits, labels = arrays
+  for bad in [(logits[:0], labels[:0]), (np.full_like(logits, np.nan), labels), (logits[0], labels[0])]:
+    with pytest.raises(ValueError, match="at least one example, without NaN"):
+      metrics.expected_calibration_error(*bad)
+  with pytest.raises(ValueError, match="and 0 bins"):
+    metrics.expected_calibration_error(logits, labels, bins=0)
+
+
 def test_metrics_of_bfloat16_logits_are_taken_in_float32(arrays):
   logits, labels = arrays
   narrow = jnp.asarray(logits, jnp.bfloat16)

@@ -121,6 +121,7 @@ def _train(folder, compiled, teacher, stop_after=None):
       batches,
       num_steps=NUM_STEPS,
       checkpoints=checkpoints,
+      bound={name: training.digest(variables) for name, variables in frozen.items()},
       save_every=2,
       log=log,
       log_every=4,
@@ -163,8 +164,16 @@ def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bits(uninterrupted, 
 
 
 def test_another_teacher_is_refused(compiled, teacher, tmp_path):
-  _, digest = teacher
+  """The state has its shapes and the settings may name its new digest: only the checkpoint knows the old one."""
   other = tmp_path / "teacher.safetensors"
-  teachers.save_variables(other, NETWORK["teacher"].init(jax.random.key(5), _arrays()))
+  digest = teachers.save_variables(other, NETWORK["teacher"].init(jax.random.key(5), _arrays()))
   with pytest.raises(ValueError, match="other variables than those referenced"):
+    _train(tmp_path / "run", compiled, (other, teacher[1]))
+  with pytest.raises(training.Preempted):
+    _train(tmp_path / "run", compiled, teacher, 3)
+  with pytest.raises(ValueError, match=rf"teacher: {teacher[1]} in the checkpoint, {digest} now") as caught:
+    _train(tmp_path / "run", compiled, (other, digest))
+  assert "delete the checkpoints of this phase" in str(caught.value)
+  _train(tmp_path / "run", compiled, teacher)
+  with pytest.raises(ValueError, match="bound to other content"):  # a training that is complete, too
     _train(tmp_path / "run", compiled, (other, digest))

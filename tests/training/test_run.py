@@ -82,6 +82,17 @@ def test_differing_settings_are_listed_and_may_be_accepted(tmp_path):
     pass
 
 
+@pytest.mark.parametrize("content", [b"", b'{"seeds": 2', b"\xff\xfe"])
+def test_settings_that_cannot_be_read_are_named(tmp_path, content):
+  with RunDirectory(tmp_path, CONFIG):
+    pass
+  (tmp_path / "config.json").write_bytes(content)
+  with pytest.raises(RunDirectoryError, match=rf"{tmp_path}/config.json is damaged.*accept the change"):
+    RunDirectory(tmp_path, CONFIG)
+  with RunDirectory(tmp_path, CONFIG, accept_changes=True):
+    assert json.loads((tmp_path / "config.json").read_text())["seeds"] == 2
+
+
 def test_a_place_that_cannot_be_written_is_named():
   path = pathlib.Path("/proc/kdflax")  # not writable, whoever runs the tests
   with pytest.raises(RunDirectoryError, match=rf"cannot write to {path}.*choose another directory"):

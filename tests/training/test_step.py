@@ -201,6 +201,26 @@ def test_a_row_without_examples_takes_no_part(frozen, by_hand):
   assert training.metrics.means(metrics)["weight/hard"] == 0
 
 
+@pytest.mark.parametrize("balancer", [None, balancing.from_weighting(balancing.conflict_free), balancing.db_mtl()])
+def test_what_stands_for_a_missing_label_does_not_matter(balancer):
+  """NaN for a number and -1 for a class, in masked rows, give the update of any other filler: losses without a mask."""
+  network = {"student": models.mlp((4,), CLASSES), "line": models.linear_connector("student.embedding", 1)}
+  flat = lambda predictions, targets: optax.squared_error(predictions[:, 0], targets)
+  number = {"predictions": "line.output", "targets": "batch.number", "where": "batch.where"}
+  learner = training.learner(network, {"hard": HARD, "number": Term(flat, number)}, optax.sgd(RATE), balancer=balancer)
+  batch = _batch()
+  number = np.arange(8, dtype=np.float32)
+  missing = batch | {
+    "label": np.where(batch["where"], batch["label"], -1),
+    "number": np.where(batch["where"], number, np.nan).astype(np.float32),
+  }
+  state, step = learner.init(jax.random.key(0), missing), jax.jit(learner.step)
+  after, expected = step(state, missing), step(state, batch | {"number": number})
+  jax.tree.map(np.testing.assert_array_equal, after[0].params, expected[0].params)
+  jax.tree.map(np.testing.assert_array_equal, after[1], expected[1])
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after[0].params))
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
@@ -210,6 +230,11 @@ def test_a_row_without_examples_takes_no_part(frozen, by_hand):
       {"averages": {"teacher": training.Average("student", 0.9), "connector": training.Average("teacher", 0.9)}},
       "'connector' of 'teacher', which is an average itself",
     ),
+    *(
+      ({"averages": {"teacher": training.Average("student", decay)}}, f"decay of average 'teacher'.*got {decay}")
+      for decay in (99, -1, float("nan"))
+    ),
+    ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
   ],
 )
 def test_mistakes_in_the_settings_are_found_when_they_are_made(options, message):
@@ -245,6 +270,119 @@ def test_frozen_models_are_checked(frozen):
   learner = training.learner(network, TERMS, optax.sgd(RATE), averages={"mean": training.Average("teacher", 0.9)})
   with pytest.raises(ValueError, match="average 'mean' of 'teacher' follows nothing"):
     learner.init(jax.random.key(0), _batch(), frozen)
+
+
+def test_an_average_of_another_network_is_refused():
+  learner = training.learner(
+    NETWORK, TERMS, optax.sgd(RATE), averages={"teacher": training.Average("student", decay=0.9)}
+  )
+  with pytest.raises(
+    ValueError, match=r"'teacher' must be the network of 'student'.*kernel'\] has shape \(5, 3\).*\(4, 3\) in the other"
+  ):
+    learner.init(jax.random.key(0), _batch())
+
+
+@pytest.mark.parametrize("how", ["frozen", "average"])
+def test_what_runs_first_reads_nothing_trained(frozen, how):
+  network = {**NETWORK, "head": models.linear_connector("student.embedding", CLASSES), "copy": NETWORK["connector"]}
+  averages = {"copy": training.Average("connector", 0.9)} if how == "average" else {}
+  frozen = frozen | ({"head": network["head"].init(jax.random.key(3), np.ones((8, 4)))} if how == "frozen" else {})
+  name = "head" if how == "frozen" else "copy"
+  learner = training.learner(network, TERMS, optax.sgd(RATE), averages=averages)
+  with pytest.raises(
+    ValueError, match=rf"'{name}' is frozen or an average.*\['student.embedding'\] of a trained model"
+  ):
+    learner.init(jax.random.key(0), _batch(), frozen)
+
+
+def test_a_step_wants_the_frozen_models_of_init(frozen):
+  """Otherwise a fresh copy would be trained under the teacher's name, and the teacher ignored."""
+  learner = _learner()
+  with pytest.raises(ValueError, match=r"\['teacher'\] are given as frozen, but this state trains them"):
+    jax.eval_shape(learner.step, learner.init(jax.random.key(0), _batch()), _batch(), frozen)
+  with pytest.raises(ValueError, match=r"\['teacher'\] are neither in this state nor given as frozen"):
+    jax.eval_shape(learner.step, _init(learner, frozen), _batch())
+
+
+BALANCERS = {
+  "loss only": balancing.geometric(),
+  "gramian": balancing.from_weighting(balancing.conflict_free),
+  "combiner": balancing.db_mtl(),
+}
+
+
+@pytest.mark.parametrize("weigh_own", [True, False])
+@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("filler", [np.nan, 1e38])
+def test_a_loss_that_is_not_finite_is_that_of_an_absent_task(name, weigh_own, filler):
+  """A regression gone wrong in one batch: the update is that of a batch without it, its own params rest."""
+  network = {"student": models.mlp((4,), CLASSES), "line": models.linear_connector("student.embedding", 1)}
+  flat = lambda predictions, targets: optax.squared_error(predictions[:, 0], targets)
+  inputs = {"predictions": "line.output", "targets": "batch.number", "where": "batch.has_number"}
+  embedding = Term(lambda x: jnp.square(x).mean(-1), {"x": "student.embedding"})
+  learner = training.learner(
+    network,
+    {"hard": HARD, "number": Term(flat, inputs), "small": embedding},
+    optax.sgd(RATE),
+    balancer=BALANCERS[name],
+    shared=SHARED,
+    weigh_own=weigh_own,
+  )
+  numbers = {"number": np.full(8, 0.5, np.float32), "has_number": np.ones(8, bool)}
+  whole = _batch() | numbers
+  bad = whole | {"number": np.where(np.arange(8) == 2, filler, numbers["number"]).astype(np.float32)}
+  absent = whole | {"has_number": np.zeros(8, bool)}
+  state, step = learner.init(jax.random.key(0), whole), jax.jit(learner.step)
+  spoilt, expected, good = (step(state, batch)[0] for batch in (bad, absent, whole))
+  _assert_close(spoilt.params, expected.params, rtol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, spoilt.params["line"], state.params["line"])
+  _assert_close(spoilt.balancer_state, expected.balancer_state)
+  assert not np.allclose(*(s.params["line"]["linear"]["kernel"] for s in (good, state)))
+
+
+def test_without_a_balancer_a_loss_that_is_not_finite_shows():
+  learner = training.learner({"student": NETWORK["student"]}, {"hard": HARD}, optax.sgd(RATE))
+  batch = _batch() | {"image": np.full((8, 6), np.nan, np.float32)}
+  _, metrics = learner.step(learner.init(jax.random.key(0), batch), batch)
+  assert np.isnan(metrics["hard"][0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", ["gramian", "combiner"])
+def test_rows_that_go_back_a_few_at_a_time_give_the_same_update(frozen, name, size):
+  make = functools.partial(training.learner, NETWORK, TERMS, optax.sgd(RATE), balancer=BALANCERS[name], shared=SHARED)
+  state = _init(make(), frozen)
+  together, apart = make(), make(batch_size=size)
+  expected, metrics = jax.jit(together.step)(state, _batch(), frozen)
+  after, same = jax.jit(apart.step)(state, _batch(), frozen)
+  _assert_close((after.params, same), (expected.params, metrics), rtol=1e-4)
+  loops = lambda learner: str(jax.make_jaxpr(learner.step)(state, _batch(), frozen)).count("scan[")
+  assert (loops(apart) > loops(together)) == (size < len(TERMS))
+
+
+def _counting():
+  """A model with a running mean, a counter and a key for state."""
+  init = lambda key, x: ({}, {"mean": jnp.zeros(()), "count": jnp.int32(0), "key": key})
+
+  def apply(params, state, x, *, train, key):
+    return {"output": x}, {**state, "mean": x.mean(), "count": state["count"] + 1}
+
+  return models.Model(init, apply, "student.logits")
+
+
+def test_statistics_are_averaged_over_devices_and_counters_are_not():
+  network, batch = {"student": NETWORK["student"], "counter": _counting()}, _batch(16)
+  make = functools.partial(training.learner, network, {"hard": HARD}, optax.sgd(RATE))
+  state = make().init(jax.random.key(0), batch)
+  one = jax.jit(make().step)(state, batch)[0]
+  spread = jax.shard_map(
+    make(axis_name="data").step, mesh=training.make_mesh(), in_specs=(P(), P("data")), out_specs=P()
+  )
+  many = jax.jit(spread)(state, batch)[0]
+  counter = many.model_state["counter"]
+  assert counter["count"] == 1 and counter["count"].dtype == jnp.int32
+  assert counter["key"] == one.model_state["counter"]["key"]
+  np.testing.assert_allclose(counter["mean"], one.model_state["counter"]["mean"], rtol=1e-5)
 
 
 def _sample(data, key, step):
@@ -334,6 +472,25 @@ def test_evaluation_leaves_out_the_padding(frozen):
   logits = training.apply_models({"student": NETWORK["student"]}, variables, batch)["student"]["logits"]
   expected = cross_entropy(logits, batch["label"])[batch["where"]]
   np.testing.assert_allclose(whole, (expected.sum(), len(expected)), rtol=1e-5)
+
+
+def test_evaluation_follows_schedules_and_models_that_change():
+  """Without a step they stand where they start."""
+  student = NETWORK["student"]
+  clock = models.Model(lambda key, x: ({}, {}), lambda p, s, step, *, train, key: ({"now": step}, s), "step")
+  variables = {"student": student.init(jax.random.key(1), _batch()), "clock": ({}, {})}
+  inputs = {"logits": "student.logits", "now": "clock.now", "half": optax.linear_schedule(0.0, 5.0, 10)}
+  evaluate = training.make_eval_step(
+    {"student": student, "clock": clock}, {"t": Term(lambda logits, now, half: now + half + 0 * logits[:, 0], inputs)}
+  )
+  seen = [training.metrics.means(evaluate(variables, _batch(), *step))["t"] for step in ((), (4,), (jnp.int32(8),))]
+  assert seen == [0, 6, 12]
+
+
+def test_evaluation_names_the_models_that_it_lacks():
+  evaluate = training.make_eval_step(NETWORK, TERMS)
+  with pytest.raises(ValueError, match=r"no variables for the models \['teacher', 'connector'\].*\['student'\]"):
+    evaluate({"student": NETWORK["student"].init(jax.random.key(1), _batch())}, _batch())
 
 
 def test_a_term_that_trains_nothing_is_refused():
