@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from kdflax import losses
+from kdflax import losses, models
 
 PAGE = pathlib.Path(__file__).with_name("methods.md")
-NONE = "none published"
+NONE = "none recorded"
 
 
 class Facts(NamedTuple):
@@ -32,7 +32,7 @@ FACTS = {
   ),
   "hard_targets": Facts("Hard distillation (DeiT)", "logits"),
   "dkd": Facts("DKD", "logits, labels", "1 with alpha 1, beta 8, T = 4; warm-up of 20 epochs [m]"),
-  "nkd": Facts("NKD", "logits, labels"),
+  "nkd": Facts("NKD", "logits, labels", "1 on ImageNet with gamma 1.5, T = 1 [n]"),
   "dist": Facts("DIST", "logits"),
   "class_correlation": Facts("MLKD, class level", "logits"),
   "batch_correlation": Facts("MLKD, batch level", "logits"),
@@ -43,7 +43,7 @@ FACTS = {
   "total_variation": Facts("Total variation distance (f-distill)", "logits"),
   "skew_kl": Facts("Skew KL (DistiLLM)", "logits"),
   "reverse_skew_kl": Facts("Skew reverse KL (DistiLLM)", "logits"),
-  "jensen_shannon": Facts("Generalised JSD (GKD)", "logits"),
+  "jensen_shannon": Facts("Generalised JSD (GKD)", "logits", "1, alone, for language models [g]"),
   # features
   "hint": Facts("FitNets hint", "feature maps or embedding; connector where widths or sizes differ", "100 [r, m]"),
   "cosine": Facts(
@@ -103,7 +103,47 @@ the table in `docs/generate_methods.py`, and run `python -m docs.generate_method
 A weight multiplies the mean over the examples, next to a cross-entropy of weight 1 unless it says otherwise. It goes
 with the scale of the formula here and was chosen by others for small CIFAR-100 networks: a start for a search, no more.
 Sources: [r] RepDistiller's scripts, [m] mdistiller's configurations, [s] the scripts of logit-standardization-KD, [c]
-the configurations of the CAT-KD authors.
+the configurations of the CAT-KD authors, [n] those of the NKD authors, [g] TRL's GKD trainer. "None recorded" says that
+nobody looked one up for this page; `experiments.zoo --tune` finds one for your pair.
+"""
+
+DEGENERATE = """\
+## Degenerate inputs
+
+Value and gradient of every loss are finite, in float32 and bfloat16, for: duplicate rows, zero rows, a collapsed
+student, collapsed student and teacher, zeros, constant inputs, a common offset of 1e3, a batch of 1, a batch of 2, and
+for losses on logits large logits of 1e4, opposed large logits, a class masked by -inf on both sides. The contract suite
+tries each (`degenerate_inputs` in tests/losses/test_contract.py); `crd` has tests of its own.
+"""
+
+LEARNABLE = """\
+## Learnable parts
+
+Models of `kdflax.models` that are trained with the student, under names of their own, and stay behind when it leaves
+(`kdflax.export` writes only the student). The exception is the reused head, which is part of the student.
+
+| part | model | paper |
+| --- | --- | --- |
+"""
+
+PARTS = {
+  "Connector to the teacher's width": "linear_connector",
+  "FitNets regressor": "conv_connector",
+  "CRD projection onto the sphere": "embedding_connector",
+  "VID mean and learned variance": "vid_connector",
+  "ReviewKD fusion of stages (ABF)": "review_fusion",
+  "FT paraphraser": "paraphraser",
+  "FT translator": "translator",
+  "SimKD projector and reused classifier": "reused_head",
+  "CTKD temperature with gradient reversal": "temperature",
+}
+
+SCHEMES = """\
+## Schemes without a loss of their own
+
+Mutual learning (DML), online ensembles, mean teacher, born-again generations, teacher assistants, self-distillation
+between exits and across augmentations, multi-teacher weights (CA-MKD, AEKD), SimKD and CTKD are configurations of the
+losses above: [recipes](recipes.md).
 """
 
 
@@ -138,6 +178,13 @@ def paper(loss: Callable) -> str:
   authors, title, year, number = found.groups()
   title = f"[{title}](https://arxiv.org/abs/{number})" if number else title
   return f"{authors}, {title}, {year}"
+
+
+def paper_of_part(name: str) -> str:
+  """The reference of a model, "-" without one."""
+  text = " ".join((inspect.getdoc(getattr(models, name)) or "").split())
+  found = re.search(r"Reference: (.+?, \d{4}(?:, arXiv \d{4}\.\d{4,5})?)", text)
+  return found.group(1) if found else "-"
 
 
 def code(text: str) -> str:
@@ -177,7 +224,10 @@ def page() -> str:
   public = methods()
   functions = {name: public[name] for name in FACTS if name in public}
   modules = dict.fromkeys(loss.__module__ for loss in functions.values())
-  return "\n".join([INTRODUCTION, *(section(module, functions) for module in modules)])
+  parts = "\n".join(f"| {part} | {code(name)} | {paper_of_part(name)} |" for part, name in PARTS.items())
+  return "\n".join(
+    [INTRODUCTION, *(section(m, functions) for m in modules), DEGENERATE, f"{LEARNABLE}{parts}\n", SCHEMES]
+  )
 
 
 if __name__ == "__main__":

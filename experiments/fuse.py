@@ -371,11 +371,14 @@ def over_tasks(values: dict[str, list[float]]) -> np.ndarray:
 
 def row(name: str, result: dict[str, Any]) -> dict[str, Any]:
   """One line of the table of methods."""
+  shown = {"accuracy": ("accuracy (%)", 100, 1), "nll": ("NLL", 1, 3), "ece": ("ECE (%)", 100, 1)}
   return {
     "method": name,
-    **{f"{task} accuracy (%)": common.plus_minus(result["accuracy"][task]) for task in result["accuracy"]},
-    "NLL": common.plus_minus(over_tasks(result["nll"]), scale=1, digits=3),
-    "ECE (%)": common.plus_minus(over_tasks(result["ece"])),
+    **{
+      f"{task} {title}": common.plus_minus(values, scale=scale, digits=digits)
+      for metric, (title, scale, digits) in shown.items()
+      for task, values in result[metric].items()
+    },
     "parameters": result["parameters"],
     "bytes": result["bytes"],
     **{f"µs for {images} images": f"{time:.0f}" for images, time in result["microseconds"].items()},

@@ -4,7 +4,7 @@ A teacher is trained for each seed and frozen; then the same student learns once
 each method, from the same batches, for the same number of steps, with the same optimizer. The table ranks methods by
 test accuracy, says which differences to the baseline are beyond the noise of the seeds, and what a step costs.
 
-Weights: where docs/methods.md has a published one, that one, although it was chosen for CIFAR-100 and other steps;
+Weights: where docs/methods.md has one published for CIFAR-100, that one, although for other networks and steps;
 otherwise the best of a small grid on the validation split, which `--tune` finds and keeps in experiments/zoo.json; 1 if
 neither exists. The table names the source of each.
 
@@ -125,6 +125,10 @@ class Config:
     common.check_numbers(config, at_least_one=counts, positive=("learning_rate",))
     if config.tune and config.cifar and not config.held_out:
       raise ValueError("tune needs a validation split: set held_out, for instance to 5000")
+    if config.tune and not untuned(config):
+      raise ValueError(f"tune has nothing to find: all of {list(config.methods)} have published weights")
+    if config.weights != Config.weights and not config.tune and not pathlib.Path(config.weights).is_file():
+      raise ValueError(f"weights: there is no file {config.weights}; --tune writes one")
     if config.held_out and not config.cifar:
       raise ValueError(f"held_out={config.held_out} is for cifar; digits have a validation split of their own")
     for name in config.pair or ():
@@ -132,13 +136,17 @@ class Config:
     return config
 
 
-def main(config: Config) -> None:
+def main(config: Any) -> None:
   """Runs the experiment, or what is left of it."""
   config = config.checked()
   splits = load(config.cifar, config.held_out)
+  images = len(splits["train"]["label"])
+  if config.batch_size > images:
+    raise ValueError(f"batch_size={config.batch_size} is larger than the training data: {images} images")
+  pair = pair_of(*networks(config), splits["train"])
   weights = {name: weight_of(config, name) for name in config.methods}
   with phases.session(config, method_weights={name: weight for name, (weight, _) in weights.items()}) as session:
-    bench = make_bench(session, splits)
+    bench = make_bench(session, splits, pair)
     if config.tune:
       tune(bench)
       return
@@ -168,14 +176,17 @@ class Student(NamedTuple):
   extra: int  # parameters of connectors, which are thrown away after training
 
 
-def make_bench(session: phases.Session, splits: Any) -> Bench:
+def networks(config: Any) -> tuple[models.Model, models.Model]:
+  """The student and the teacher."""
+  teacher, student = (classifier(name, 100 if config.cifar else 10) for name in config.pair)
+  return student, teacher
+
+
+def make_bench(session: phases.Session, splits: Any, pair: Pair) -> Bench:
   """Trains the teachers and gathers what all methods share."""
   config, arrays = session.config, splits["train"]
   recipe = RECIPES[config.dataset]
-  num_classes = 100 if config.cifar else 10
-  teacher, student = (classifier(name, num_classes) for name in config.pair)
-  if config.batch_size > len(arrays["label"]):
-    raise ValueError(f"batch_size={config.batch_size} is larger than the training data: {len(arrays['label'])} images")
+  student, teacher = networks(config)
   sample = functools.partial(draw_augmented, size=config.batch_size, shift=recipe.shift, flip=recipe.flip)
   feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
   terms = {"hard": Term(cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"}, stop_gradient=())}
@@ -189,7 +200,7 @@ def make_bench(session: phases.Session, splits: Any) -> Bench:
     teacher,
     frozen,
     phases.tester(teacher, splits["test"])(frozen)["accuracy"],
-    pair_of(student, teacher, arrays),
+    pair,
     phases.tester(student, splits["validation"]) if "validation" in splits else None,
     phases.tester(student, splits["test"]),
   )
@@ -269,6 +280,11 @@ def weight_of(config: Config, name: str) -> tuple[float, str]:
   return (float(found["weight"]), "tuned") if found else (1.0, "untuned")
 
 
+def untuned(config: Config) -> list[str]:
+  """The methods to try whose weights were never published."""
+  return [name for name in config.methods if METHODS[name].weight is None]
+
+
 def tune(bench: Bench) -> None:
   """Tries each weight of the grid for every method without a published one, all of them in one vmapped program."""
   config = bench.session.config
@@ -276,7 +292,7 @@ def tune(bench: Bench) -> None:
   lanes = [(weight, seed) for weight in GRID for seed in range(seeds)]
   keys = jax.random.split(jax.random.key(0), config.seeds)[np.asarray([seed for _, seed in lanes])]
   found = {}
-  for name in [name for name in config.methods if METHODS[name].weight is None]:
+  for name in untuned(config):
     build = lambda weight, name=name: program(bench, METHODS[name], weight)[0]
     learner = training.Learner(
       lambda key, arrays, frozen, build=build: build(frozen["weight"]).init(key, arrays, frozen["models"]),

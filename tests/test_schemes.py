@@ -290,6 +290,16 @@ def contrastive(call, params, batch):
   return _ce(student["logits"], batch["label"]).mean() + 0.8 * values.mean()
 
 
+def reused_classifier(call, params, batch):
+  (teacher,) = _outputs(call, params, ("teacher",), batch)
+  own, states = params["student"], call.before.model_state["student"]
+  encoder, head = models.convnet((2, 3), None), call.frozen["teacher"][0]["head"]
+  outputs, _ = encoder.apply(own["encoder"], states["encoder"], batch, train=True, key=None)
+  reused = models.reused_head("map", head)
+  projected, _ = reused.apply(own["reused"], states["reused"], outputs["features"]["stage2"], train=True, key=None)
+  return jnp.square(projected["output"] - teacher["features"]["stage2"]).mean()
+
+
 SCHEMES = {
   "Into single-task students": into_single_task_students,
   "Into one multi-task student": into_one_multi_task_student,
@@ -320,6 +330,7 @@ SCHEMES = {
   "Contrastive distillation with its memory": contrastive,
   "A teacher known by its content": soft_only,
   "The student leaves": hard_only,
+  "A reused teacher classifier": reused_classifier,
 }
 IN_SHARED = lambda path: "student/shared/" in path
 WEIGHTINGS = {
@@ -400,8 +411,8 @@ def _averages_follow(decay, sources, calls):
   (call,) = calls
   for name, source in sources.items():
     for path, leaf in jax.tree.leaves_with_path(call.after.averages[name]):
-      before, student = (functools.reduce(lambda tree, key: tree[key.key], path, tree)
-                         for tree in (call.before.averages[name], call.after.params[source]))  # fmt: skip
+      at = lambda tree, path=path: functools.reduce(lambda branch, key: branch[key.key], path, tree)
+      before, student = at(call.before.averages[name]), at(call.after.params[source])
       np.testing.assert_allclose(leaf, decay * before + (1 - decay) * student, rtol=1e-5, atol=1e-6)
       assert not np.allclose(before, leaf)
 
@@ -420,6 +431,15 @@ def _the_rows_of_the_batch_are_remembered(names, calls):
 def _the_exported_student_says_the_same(names, calls):
   expected = _outputs(calls[0], calls[0].after.params, ("student",), names["batch"])[0]["logits"]
   np.testing.assert_allclose(names["logits"], expected, rtol=1e-9)
+
+
+def _the_teachers_classifier_leaves_with_the_student(names, calls):
+  (call,) = calls
+  variables = call.after.params["student"], call.after.model_state["student"]
+  outputs, _ = call.network["student"].apply(*variables, _wide(names["batch"]), train=False, key=None)
+  head = call.frozen["teacher"][0]["head"]
+  by_hand = outputs["output"].mean((1, 2)) @ head["kernel"] + head["bias"]
+  np.testing.assert_allclose(names["logits"], by_hand, rtol=1e-5, atol=1e-6)
 
 
 def _the_metrics_are_those_of_numpy(names, calls):
@@ -451,6 +471,7 @@ CHECKS = {
   "Teacher assistants": _each_teaches_the_next,
   "Contrastive distillation with its memory": _the_rows_of_the_batch_are_remembered,
   "The student leaves": _the_exported_student_says_the_same,
+  "A reused teacher classifier": _the_teachers_classifier_leaves_with_the_student,
   "Metrics for each task": _the_metrics_are_those_of_numpy,
 }
 

@@ -133,7 +133,8 @@ def reused_head(
   """Send the student's map through a projector into the teacher's classifier, which stays as it is.
 
   The projector is a bottleneck of 1x1, 3x3 and 1x1 convolutions with BatchNorm and ReLU. It is all that is learned:
-  train it and the student on `hint(output, the teacher's last map)` alone. The classifier travels in `state`.
+  train it and the student on `hint(output, the teacher's last map)` alone. The classifier travels in `state`. Both stay
+  in use after training: compose them with the encoder to one student (docs/recipes.md), which then leaves as a whole.
 
   Args:
     path: context path of the student's last map [batch, height, width, channels].
@@ -149,7 +150,7 @@ def reused_head(
     ValueError: if the head has no kernel of two axes, `factor` leaves no channel, or the input has not four axes.
 
   Reference: Defang Chen, Jian-Ping Mei, Hailin Zhang, Can Wang, Yan Feng and Chun Chen, Knowledge Distillation with the
-  Reused Teacher Classifier, 2022, arXiv 2203.14001.
+  Reused Teacher Classifier (SimKD), 2022, arXiv 2203.14001.
   """
   if "kernel" not in head_params or head_params["kernel"].ndim != 2:
     found = {name: jnp.shape(value) for name, value in head_params.items()}

@@ -120,11 +120,26 @@ def bench():
     ({"learning_rate": 0.0}, "learning_rate must be positive"),
     ({"held_out": 5}, "held_out=5 is for cifar"),
     ({"cifar": "somewhere", "tune": True}, "tune needs a validation split"),
+    ({"tune": True}, r"tune has nothing to find: all of \['kl_soft_targets', 'crd'\]"),
+    ({"weights": "typo.json"}, "weights: there is no file typo.json; --tune writes one"),
   ],
 )
 def test_settings_that_make_no_sense_are_named(changes, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(TINY, **changes).checked()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"batch_size": 1001}, "batch_size=1001 is larger than the training data: 1000 images"),
+    ({"pair": ("convnet-2-3-4", "convnet-2-3")}, "the maps of teacher and student must have the same sizes"),
+  ],
+)
+def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    zoo.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), **changes))
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_truncated_files_are_refused_before_anything_is_written(tmp_path, cifar100):

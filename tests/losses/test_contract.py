@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import pathlib
 
 import family_contrastive
 import family_divergences
@@ -175,22 +176,30 @@ def degenerate_inputs(case, arrays):
 
   yield "duplicate rows", changed(duplicate)
   yield "zero rows", changed(zero_row)
-  yield "collapsed student", changed(first_everywhere, case.students)
-  yield "collapsed", changed(first_everywhere)
+  yield "a collapsed student", changed(first_everywhere, case.students)
+  yield "collapsed student and teacher", changed(first_everywhere)
   yield "zeros", changed(np.zeros_like)
-  yield "constant", changed(np.ones_like)
-  yield "offset", changed(lambda a: a + 1e3)
-  yield "batch of 1", [a[:1] for a in arrays]
-  yield "batch of 2", [a[:2] for a in arrays]
+  yield "constant inputs", changed(np.ones_like)
+  yield "a common offset of 1e3", changed(lambda a: a + 1e3)
+  yield "a batch of 1", [a[:1] for a in arrays]
+  yield "a batch of 2", [a[:2] for a in arrays]
   if case.kind == "logits":
-    yield "large logits", changed(lambda a: 1e4 * np.sign(a))
+    yield "large logits of 1e4", changed(lambda a: 1e4 * np.sign(a))
     yield "opposed large logits", [1e4 * np.sign(arrays[0]), -1e4 * np.sign(arrays[0]), *arrays[2:]]
 
     def without_last_class(a):
       a[..., -1] = -np.inf
       return a
 
-    yield "a class masked on both sides", changed(without_last_class)
+    yield "a class masked by -inf on both sides", changed(without_last_class)
+
+
+def test_degenerate_inputs_are_those_of_the_methods_page():
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+  listed = " ".join(page.split("## Degenerate inputs")[1].split("\n## ")[0].split())
+  logits = next(case for case in CASES if case.kind == "logits")
+  names = [name for name, _ in degenerate_inputs(logits, inputs_of(logits))]
+  assert len(names) == 12 and all(name in listed for name in names)
 
 
 @each_case
