@@ -337,7 +337,7 @@ def fair_point(cosines: jax.Array, log_norms: jax.Array, power: jax.Array | floa
     return u + jnp.clip(move, -longest, 1), jnp.abs(move).max(), step + 1
 
   def unfinished(carry):
-    return (carry[1] > eps**0.5) & (carry[2] < 100)
+    return (carry[1] > eps ** (1 / 3)) & (carry[2] < 100)  # errors are squared at every step, and one more follows
 
   start = log_f / (1 + power)  # the solution of orthogonal rows
   u, _, _ = lax.while_loop(unfinished, newton, (start, jnp.full((), jnp.inf, start.dtype), jnp.int32(0)))
