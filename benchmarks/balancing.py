@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks.harness import environment, report, time_interleaved
 from kdflax import balancing
 
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a call of microseconds waits for a second thread
 WIDTHS = (256, 512, 512, 1)
 BATCH = 128
 

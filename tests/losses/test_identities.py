@@ -27,7 +27,28 @@ DIVERGENCES = (
   losses.reverse_skew_kl,
   losses.jensen_shannon,
 )
-LOGIT_LOSSES = (*DIVERGENCES, losses.kl_soft_targets, losses.dist, losses.class_correlation, losses.batch_correlation)
+
+
+def labelled(loss):
+  """A loss of two logits, from one that takes labels as well."""
+
+  @functools.wraps(loss)
+  def of_logits(student, teacher, **hyper):
+    return loss(student, teacher, jnp.arange(len(student)) % student.shape[-1], **hyper)
+
+  return of_logits
+
+
+WITH_LABELS = labelled(losses.dkd), labelled(losses.nkd)
+LOGIT_LOSSES = (
+  *DIVERGENCES,
+  *WITH_LABELS,
+  losses.kl_soft_targets,
+  losses.hard_targets,
+  losses.dist,
+  losses.class_correlation,
+  losses.batch_correlation,
+)
 
 by_name = functools.partial(pytest.mark.parametrize, ids=lambda loss: loss.__name__)
 
@@ -210,7 +231,17 @@ def test_correlation_with_a_constant_is_zero_and_of_two_constants_one():
   np.testing.assert_array_equal(within(np.ones_like(student), np.zeros_like(student)), 0)
 
 
-@by_name("loss", DIVERGENCES)
+@by_name("loss", LOGIT_LOSSES)
+@float64
+def test_standardized_losses_ignore_a_scale(loss):
+  """Logit standardisation works with every loss of two logits."""
+  student, teacher = features()
+  scale = np.linspace(0.5, 2, 6)[:, None]
+  wrapped = losses.standardized(loss)
+  np.testing.assert_allclose(wrapped(student * scale + 3, teacher), wrapped(student, teacher), rtol=1e-5, atol=1e-9)
+
+
+@by_name("loss", (*DIVERGENCES, *WITH_LABELS, losses.kl_soft_targets))
 def test_nearly_equal_bfloat16_vocabularies(loss):
   """In the dtype of the inputs the sums over 32,000 classes have no digit left, and some come out negative."""
   rng = np.random.default_rng(0)
