@@ -308,16 +308,16 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
   """Return the weights of the direction with equal, positive cosines to all gradients (ConFIG).
 
   `v = pinv(C) 1`, the unit vector of `v @ unit rows`, as long as the mean over the tasks of the gradients' projections
-  on it. More tasks than dimensions may leave no such direction. Then this is the least-squares one, with cosines that
-  differ, if all of them are positive beyond rounding; otherwise, as among opposed gradients, the weights are 0. A zero
-  row has weight 0; T counts it.
+  on it. More tasks than dimensions may leave no such direction: then it is the nearest by least squares, whose
+  cosines differ and may be negative. Where that is 0 too, as among opposed gradients, the weights are 0. A zero row has
+  weight 0; T counts it.
 
   Args:
     gramian: inner products of the task gradients, `[T, T]`.
     present: which tasks take part, `[T]` bool; all when None.
 
   Returns:
-    Weights `[T]`; they may be negative, the progress of no task is.
+    Weights `[T]`; they may be negative. The progress of no task is, as long as the gradients are independent.
 
   Raises:
     ValueError: the Gramian is not square, or `present` is not `[T]` bool.
@@ -328,7 +328,7 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
   """
   p = normalise(gramian, present)
   share, products, rounding = _solvers.equal_products(p)
-  exists = p.valid.any() & (jnp.where(p.valid, products, jnp.inf).min() > rounding)
+  exists = products.max() > rounding
   squared_norm = jnp.where(exists, share @ products, 1)
   length = p.norms @ products / p.number
   return restrict(p, jnp.where(exists, share * p.inverse_norms * length / squared_norm, 0))

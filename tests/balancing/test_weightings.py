@@ -156,7 +156,6 @@ THREE_WAYS = [[np.cos(angle), np.sin(angle)] for angle in 2 * np.pi / 3 * np.ara
 @pytest.mark.parametrize(
   ("name", "rows"),
   [
-    ("conflict_free", [[1, 2], [-1, -2], [0.5, 1]]),
     ("conflict_free", THREE_WAYS),
     ("imtl_g", THREE_WAYS),
     ("conflict_free", [[1, 2], [-3, -6]]),
@@ -174,12 +173,22 @@ def test_no_direction_has_equal_cosines(name, rows, dtype):
     np.testing.assert_array_equal(solve(name, np.array(rows, dtype)), np.zeros(len(rows)))
 
 
+def test_conflict_free_of_dependent_rows_is_the_least_squares_direction():
+  rows = np.array([[1.0, 2.0], [-1.0, -2.0], [0.5, 1.0]])
+  unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+  best = np.linalg.pinv(unit) @ np.ones(3)  # nearest to equal products with the unit rows
+  best /= np.linalg.norm(best)
+  with float64():
+    assert_close(solve("conflict_free", rows) @ rows, (rows @ best).mean() * best, 1e-9)
+
+
 @pytest.mark.parametrize("tasks", SIZES)
 def test_conflict_free_is_free_of_conflict(tasks):
   for label, gradients in adversarial(tasks):
     gradients = gradients.astype(np.float32)
     direction = solve("conflict_free", gradients) @ gradients.astype(np.float64)
-    if "nearly opposed" not in label:  # there the Gramian has lost half of its digits
+    # Rows that depend on each other may have no such direction; near that the Gramian has lost half of its digits.
+    if not label.startswith(("nearly opposed", "exactly opposed")) and gradients.shape[1] >= tasks:
       assert cosines(direction, gradients.astype(np.float64)).min() >= -1e-5, label
     assert direction.any() or "zero" in label or "opposed" in label or gradients.shape[1] < tasks, label
 
