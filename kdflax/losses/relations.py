@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from kdflax.losses._angles import Sides, angle_sums
+from kdflax.losses._differences import lost_to_rounding
 from kdflax.losses._examples import AxisName, all_rows, all_sum, as_examples, hyper_parameters, mask
 from kdflax.losses._numerics import inner_products, l2_normalize, log1p_remainder, safe_divide, safe_sqrt
 
@@ -252,18 +253,10 @@ def _squared_distances(rows: jax.Array, others: jax.Array, distinct: jax.Array) 
   They come from the Gram matrix. If any two rows are so close that the rounding of their products would show, all
   distances are taken again as sums of squared differences; the derivative is that of the Gram matrix all the same.
   """
-  norms = jnp.square(rows).sum(axis=-1)
-  scale = norms[:, None] + (norms if others is rows else jnp.square(others).sum(axis=-1))
+  scale = jnp.square(rows).sum(axis=-1)[:, None] + jnp.square(others).sum(axis=-1)
   squared = scale - 2 * inner_products(rows, others)
-  close = distinct & (squared < scale / 256)  # a distance below a sixteenth of the rows' length
-  exact = lambda: jax.lax.stop_gradient(_sums_of_squared_differences(rows, others, squared) - squared)
-  return jnp.where(distinct, squared + jax.lax.cond(close.any(), exact, lambda: 0 * squared), 0)
-
-
-def _sums_of_squared_differences(rows: jax.Array, others: jax.Array, like: jax.Array) -> jax.Array:
-  """`sum_d (rows_nd - others_md)^2` like `like`, over a few d at a time: nothing of shape [n, m, d] is held."""
-  add = lambda total, column: (total + jnp.square(column[0][:, None] - column[1]), None)
-  return jax.lax.scan(add, 0 * like, (rows.T, others.T), unroll=8)[0]
+  lost = lost_to_rounding(*jax.lax.stop_gradient((rows, others, distinct, squared, scale)))
+  return jnp.where(distinct, squared + lost, 0)
 
 
 def rkd_angle(
