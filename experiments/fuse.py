@@ -20,9 +20,9 @@ Every seed has teachers, a choice of labels and an order of batches of its own, 
 differences are paired. Weights of the terms are 1, not tuned. The test split is looked at once, at the end. What the
 teachers say is recorded once, about the images as they are, so images are not augmented.
 
-    python -m experiments.fuse                       a few minutes on two CPU cores; results in runs/fuse
+    python -m experiments.fuse                       a quarter of an hour on two CPU cores; results in runs/fuse
     python -m experiments.fuse --smoke               half a minute, for a look
-    python -m experiments.fuse --balancers UPGrad    other balancers
+    python -m experiments.fuse --balancers UPGrad    one balancer, in a few minutes
     python -m experiments.fuse --cifar DIR --pair resnet56 resnet20
 
 Killed at any moment, the same command continues it and ends with the same bits.
