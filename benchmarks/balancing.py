@@ -53,10 +53,14 @@ def torch_weighting(name: str) -> Callable[..., Any] | None:
     "pcgrad": aggregation.PCGradWeighting,
     "fair_grad": lambda: aggregation.FairGradWeighting(alpha=2.0),
   }
+  import torch
+
   try:
-    return make[name]()
-  except ImportError:
+    weighting = make[name]()
+    weighting(torch.eye(3))
+  except (ImportError, NameError):  # it finds out at its first call that what it needs was not imported
     return None
+  return weighting
 
 
 def torch_nash(rows):
