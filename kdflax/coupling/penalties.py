@@ -6,8 +6,8 @@ Leaves are coupled as matrices: a kernel `[..., out]` as `[prod(...), out]`, a v
 Sharded parameters under `jit`: `l2_coupling` gathers nothing, whatever the layout. The trace norms are made of products
 over the longer side of a matrix. They gather nothing from a matrix sharded on its longer side, nor from a kernel
 `[h, w, in, out]` or a stack `[..., tasks]` sharded on the largest axis before the last. A leaf sharded otherwise (on
-the shorter side, on another axis, on two axes) is gathered, and so is every one by the method `svd`, which `auto` takes
-on a CPU for m < 1.5 n. The unfolding `train` may gather, and the proximal step always does, for its SVD.
+the shorter side, on another axis, on two axes) is gathered, and so is every one by the method `svd`. The unfolding
+`train` may gather, and the proximal step always does, for its SVD.
 """
 
 import functools

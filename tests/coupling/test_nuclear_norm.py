@@ -140,10 +140,10 @@ def test_orthogonal_invariance_transpose_and_scale(method):
     assert error(value_and_grad(method)(x.T)[1], reference(x.T)[1]) <= 1e-9
 
 
-@pytest.mark.parametrize(("shape", "chosen"), [((12, 8), "gram"), ((8, 12), "gram"), ((11, 8), "svd"), ((8, 8), "svd")])
-def test_auto_goes_by_the_shape_on_a_cpu(shape, chosen):
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (8, 8)])
+def test_auto_takes_the_gram_matrix_on_a_cpu(shape):
   x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-  np.testing.assert_array_equal(value_and_grad("auto")(x)[1], value_and_grad(chosen)(x)[1])
+  np.testing.assert_array_equal(value_and_grad("auto")(x)[1], value_and_grad("gram")(x)[1])
 
 
 def test_a_vector_has_its_l2_norm():
