@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kdflax.losses._examples import as_examples, check_same, hyper_parameters
+from kdflax.losses._numerics import exp_remainder
 
 
 def logit_pair(
@@ -38,6 +39,5 @@ def relative_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   p, q = jnp.exp(log_p), jnp.exp(log_q)
   u = jnp.where(possible, log_q - log_p, 0)
   near = jnp.abs(u) < 1
-  small = jnp.where(near, u, 0)
-  terms = jnp.where(near, p * (jnp.expm1(small) - small), q - p - p * u)
+  terms = jnp.where(near, p * exp_remainder(jnp.where(near, u, 0)), q - p - p * u)
   return jnp.sum(jnp.where(possible, terms, q), axis=-1)

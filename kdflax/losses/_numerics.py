@@ -35,6 +35,22 @@ def _log1p_remainder_jvp(primals, tangents):
   return log1p_remainder(x), x / (1 + x) * dx
 
 
+@jax.custom_jvp
+def exp_remainder(x: jax.Array) -> jax.Array:
+  """`e^x - 1 - x` for |x| <= 1 by its series: about x^2 / 2 near 0, where the difference would lose all digits."""
+  series = jnp.zeros_like(x)
+  for n in range(11 if x.dtype == jnp.float32 else 19, 1, -1):
+    series = (1 + series) * (x / n)
+  return series * x
+
+
+@exp_remainder.defjvp
+def _exp_remainder_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  remainder = exp_remainder(x)
+  return remainder, (x + remainder) * dx
+
+
 def l2_normalize(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
   """x / ||x||; a zero vector stays zero and gets no gradient."""
   return safe_divide(x, safe_sqrt(jnp.sum(x * x, axis=axis, keepdims=True)))
