@@ -8,10 +8,6 @@ JAX's LAPACK is SciPy's OpenBLAS, whose threads go on spinning after a call and 
 cores `OPENBLAS_NUM_THREADS=1` is faster, and it is set here. PyTorch has its own library, with one and two threads.
 """
 
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before jax loads it
-
 import argparse
 import itertools
 

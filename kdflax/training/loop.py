@@ -10,7 +10,7 @@ import numpy as np
 
 from kdflax.training.checkpoints import Checkpoints
 from kdflax.training.metrics import add, means
-from kdflax.training.run import MetricsLog, Preempted
+from kdflax.training.run import MetricsLog, Preempted, differences
 
 PyTree = Any
 
@@ -127,11 +127,7 @@ def fit(
 
 
 def _check_bound(phase: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-  differing = [
-    f"{name}: {before.get(name, 'absent')} in the checkpoint, {now.get(name, 'absent')} now"
-    for name in sorted(before.keys() | now.keys())
-    if before.get(name) != now.get(name)
-  ]
+  differing = [f"{name}: {old} in the checkpoint, {new} now" for name, old, new in differences(before, now)]
   if differing:
     raise ValueError(
       f"{phase} is bound to other content than its checkpoint; give what it was trained with (the teacher's file, say),"

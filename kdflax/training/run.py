@@ -73,11 +73,7 @@ class RunDirectory:
       raise RunDirectoryError(
         f"{path} is damaged ({error}); restore it, or accept the change to write these settings in its place"
       ) from error
-    differing = [
-      f"{field}: {before.get(field, 'absent')!r} before, {now.get(field, 'absent')!r} now"
-      for field in sorted(before.keys() | now.keys())
-      if before.get(field) != now.get(field)
-    ]
+    differing = [f"{field}: {old!r} before, {new!r} now" for field, old, new in differences(before, now)]
     if differing:
       raise RunDirectoryError(
         f"{self.path} was written with other settings; use them, choose another directory, or accept the change:\n  "
@@ -164,6 +160,12 @@ def stop_on_sigterm() -> Iterator[threading.Event]:
     yield stop
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+  """Returns (name, value before, value now) of what differs, by name; what is missing has the value "absent"."""
+  names = sorted(before.keys() | now.keys())
+  return [(n, before.get(n, "absent"), now.get(n, "absent")) for n in names if before.get(n) != now.get(n)]
 
 
 def _is_foreign(path: pathlib.Path) -> bool:
