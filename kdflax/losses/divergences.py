@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from kdflax.losses._examples import mask
-from kdflax.losses._log_probabilities import log_softmax, logit_pair, relative_entropy
+from kdflax.losses._log_probabilities import along, log_ratio, log_softmax, logit_pair, relative_entropy
 
 
 def _log_probabilities(
@@ -235,6 +235,25 @@ def jensen_shannon(
       end = forward_kl if beta == 0 else reverse_kl
       return end(student_logits, teacher_logits, temperature=temperature, where=where)
   log_q, log_p, beta = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, beta=beta)
+  return mask(_jensen_shannon(log_p, log_q, beta), where)
+
+
+@jax.custom_jvp
+def _jensen_shannon(log_p: jax.Array, log_q: jax.Array, beta: jax.Array) -> jax.Array:
   log_m = _log_mixture(log_p, log_q, beta)
-  values = beta * relative_entropy(log_p, log_m) + (1 - beta) * relative_entropy(log_q, log_m)
-  return mask(values, where)
+  return beta * relative_entropy(log_p, log_m) + (1 - beta) * relative_entropy(log_q, log_m)
+
+
+def _jensen_shannon_jvp(primals, tangents):
+  """The mixture is the nearest to both sides of all distributions: to first order its own change adds nothing."""
+  log_p, log_q, beta = primals
+  log_m = _log_mixture(*primals)
+  share = beta[..., None]
+  p_slope = -share * jnp.exp(log_p) * log_ratio(log_p, log_m)
+  q_slope = -(1 - share) * jnp.exp(log_q) * log_ratio(log_q, log_m)
+  tangent = along(tangents[:2], p_slope, q_slope).sum(axis=-1)
+  difference = relative_entropy(log_p, log_m) - relative_entropy(log_q, log_m)
+  return _jensen_shannon(*primals), tangent + along(tangents[2:], difference)
+
+
+_jensen_shannon.defjvp(_jensen_shannon_jvp, symbolic_zeros=True)

@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
-from kdflax.losses._examples import AxisName, all_rows, all_sum, mask
+from kdflax.losses._examples import AxisName, all_rows, all_sum, mask, masked_sum
 from kdflax.losses._log_probabilities import log_softmax, logit_pair
-from kdflax.losses._numerics import inner_products, safe_sqrt
+from kdflax.losses._numerics import inner_products
+
+Reduction = Callable[[jax.Array], jax.Array]
 
 
 def dist(
@@ -48,17 +51,21 @@ def dist(
   Reference: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022, arXiv 2205.10536. The authors' code
   bounds the norms from below by an absolute constant; here a vector is constant if it varies by less than its rounding.
   """
-  student, teacher, temperature, beta, gamma = logit_pair(
-    student_logits, teacher_logits, where, temperature=temperature, beta=beta, gamma=gamma
+  hyper = {"temperature": temperature, "beta": beta, "gamma": gamma}
+  q, p, count, temperature, beta, gamma = _probabilities(student_logits, teacher_logits, where, axis_name, **hyper)
+  within_example = _correlation_distance(q, p, q.shape[-1], lambda x: x.sum(axis=-1, keepdims=True), lambda x: x)
+  # Down the rows by matrix products: XLA's sum along that axis takes twenty times as long on a CPU, also as the
+  # derivative of a broadcast.
+  counted = jnp.ones(len(q), q.dtype) if where is None else jnp.asarray(where, q.dtype).reshape(-1)
+  down = lambda x: all_sum(jnp.matmul(counted, x, precision="highest"), axis_name)
+  spread = lambda x: jnp.tensordot(jnp.ones(len(q), q.dtype), x, axes=0, precision="highest")
+  within_class = _correlation_distance(q, p, count, down, spread)
+  within_example, within_class = (
+    each.sum(axis=-1).reshape(jnp.shape(student_logits)[:-1])
+    for each in (within_example, count / q.shape[-1] * within_class)
   )
-  q, p = (jnp.exp(log_softmax(logits, temperature)) for logits in (student, teacher))
-  count = _count(q, where, axis_name)
-
-  row_sum = lambda x: x.sum(axis=-1, keepdims=True)
-  within_example = _correlation_distance(q, p, row_sum, q.shape[-1]).sum(axis=-1)
-  column_sum = lambda x: all_sum(mask(x, where).sum(axis=tuple(range(x.ndim - 1))), axis_name)
-  within_class = count * _correlation_distance(q, p, column_sum, count).mean(axis=-1)
-  return mask(temperature**2 * (beta * within_example + gamma * within_class), where)
+  values = beta * within_example + gamma * within_class
+  return mask(temperature**2 * values, where)
 
 
 def class_correlation(
@@ -91,19 +98,18 @@ def class_correlation(
 
   Reference: Jin, Wang and Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
   """
-  plus, minus, count = _sum_and_difference(student_logits, teacher_logits, temperature, where, axis_name)
-  shape, classes = plus.shape[:-1], plus.shape[-1]
-  plus, minus = plus.reshape(-1, classes), minus.reshape(-1, classes)
-  # D = (M + M') / 2 with M = sum_j plus_j minus_j'. Without the difference of two large matrices no digits are lost.
-  if classes <= plus.shape[0]:
-    product = all_sum(inner_products(plus.T, minus.T), axis_name)
-    values = jnp.sum(inner_products(plus, product + product.T) * minus, axis=-1) / 2
+  q, p, count, _ = _probabilities(student_logits, teacher_logits, where, axis_name, temperature=temperature)
+  classes = q.shape[-1]
+  plus, minus = q + p, q - p
+  if classes <= len(q):
+    difference = all_sum(_gram_difference(q.T, p.T), axis_name)
+    values = jnp.sum(inner_products(plus, difference) * minus, axis=-1)
   else:  # the same sums over the pairs of examples, never [classes, classes]
     all_plus, all_minus = all_rows(plus, axis_name), all_rows(minus, axis_name)
     crossed = inner_products(plus, all_minus) * inner_products(minus, all_plus)
     straight = inner_products(minus, all_minus) * inner_products(plus, all_plus)
     values = jnp.sum(crossed + straight, axis=-1) / 2
-  return mask(count / classes * values.reshape(shape), where)
+  return mask(count / classes * values.reshape(jnp.shape(student_logits)[:-1]), where)
 
 
 def batch_correlation(
@@ -135,49 +141,73 @@ def batch_correlation(
 
   Reference: Jin, Wang and Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
   """
-  plus, minus, _ = _sum_and_difference(student_logits, teacher_logits, temperature, where, axis_name)
-  shape, classes = plus.shape[:-1], plus.shape[-1]
-  plus, minus = plus.reshape(-1, classes), minus.reshape(-1, classes)
-  twice = inner_products(plus, all_rows(minus, axis_name)) + inner_products(minus, all_rows(plus, axis_name))
-  return mask(jnp.square(twice / 2).sum(axis=-1).reshape(shape), where)
+  q, p, *_ = _probabilities(student_logits, teacher_logits, where, axis_name, temperature=temperature)
+  if axis_name is None:
+    difference = _gram_difference(q, p)
+  else:
+    plus, minus = q + p, q - p
+    difference = (
+      inner_products(plus, all_rows(minus, axis_name)) + inner_products(minus, all_rows(plus, axis_name))
+    ) / 2
+  return mask(jnp.square(difference).sum(axis=-1).reshape(jnp.shape(student_logits)[:-1]), where)
 
 
-def _sum_and_difference(
+def _probabilities(
   student_logits: jax.Array,
   teacher_logits: jax.Array,
-  temperature: float | jax.Array,
   where: jax.Array | None,
   axis_name: AxisName,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """q + p and q - p, 0 for masked examples, and the number of examples that count.
+  **hyper: float | jax.Array,
+) -> list[jax.Array]:
+  """q and p, `[batch, classes]`, 0 for masked examples; how many count on all devices; temperature and the others."""
+  student, teacher, *hyper = logit_pair(student_logits, teacher_logits, where, **hyper)
+  q, p = (mask(jnp.exp(log_softmax(logits, hyper[0])), where) for logits in (student, teacher))
+  _, count = masked_sum(q[..., 0], where, axis_name)
+  return [q.reshape(-1, q.shape[-1]), p.reshape(-1, q.shape[-1]), jnp.maximum(count, 1), *hyper]
 
-  `q_i . q_j - p_i . p_j` is half of `(q + p)_i . (q - p)_j + (q - p)_i . (q + p)_j`, where nothing large cancels.
-  """
-  student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
-  q, p = (mask(jnp.exp(log_softmax(logits, temperature)), where) for logits in (student, teacher))
-  return q + p, q - p, _count(q, where, axis_name)
+
+@jax.custom_jvp
+def _gram_difference(x: jax.Array, y: jax.Array) -> jax.Array:
+  """`x x' - y y'`, taken as `(x + y) (x - y)'` and its transpose halved, so that nothing large cancels."""
+  half = inner_products(x + y, x - y)
+  return (half + half.T) / 2
 
 
-def _count(rows: jax.Array, where: jax.Array | None, axis_name: AxisName) -> jax.Array:
-  counted = rows[..., 0].size if where is None else jnp.asarray(where).sum()
-  return jnp.maximum(all_sum(jnp.asarray(counted, rows.dtype), axis_name), 1)
+def _gram_difference_jvp(primals, tangents):
+  half = 0.0
+  for sign, rows, moved in zip((1, -1), primals, tangents, strict=True):
+    if type(moved) is not SymbolicZero:
+      half += sign * inner_products(moved, rows)
+  return _gram_difference(*primals), half + half.T
+
+
+_gram_difference.defjvp(_gram_difference_jvp, symbolic_zeros=True)
 
 
 def _correlation_distance(
-  x: jax.Array, y: jax.Array, total: Callable[[jax.Array], jax.Array], count: int | jax.Array
+  x: jax.Array, y: jax.Array, count: int | jax.Array, total: Reduction, spread: Reduction
 ) -> jax.Array:
-  """Terms whose sum along the axis that `total` adds up is `1 - rho(x, y)`, none of them negative."""
-  (x, x_varies), (y, y_varies) = (_standard_score(each, total, count) for each in (x, y))
+  """Terms whose sum along the vectors is `1 - rho(x, y)`, none of them negative.
+
+  Args:
+    x: an array of vectors.
+    y: the shape of `x`.
+    count: length of a vector.
+    total: adds up each vector.
+    spread: brings the result of `total` to a shape that broadcasts with `x`.
+  """
+  (x, x_varies), (y, y_varies) = (_standard_score(each, count, total, spread) for each in (x, y))
   # Two unit vectors: 1 - x . y = |x - y|^2 / 2. Next to a constant, whose score is 0, the distance is 1.
-  return jnp.square(x - y) * jnp.where(x_varies & y_varies, 0.5, 1)
+  return jnp.square(x - y) * spread(jnp.where(x_varies & y_varies, 0.5, 1).astype(x.dtype))
 
 
 def _standard_score(
-  x: jax.Array, total: Callable[[jax.Array], jax.Array], count: int | jax.Array
+  x: jax.Array, count: int | jax.Array, total: Reduction, spread: Reduction
 ) -> tuple[jax.Array, jax.Array]:
   """(x - mean) / ||x - mean|| and whether x varies; 0 where it does not."""
-  centred = x - total(x) / count
-  centred = centred - total(centred) / count  # the first mean is rounded: equal entries are now equal to 0
-  norm = safe_sqrt(total(jnp.square(centred)))
-  varies = norm > 4 * jnp.finfo(x.dtype).eps * safe_sqrt(total(jnp.square(x)))
-  return jnp.where(varies, centred, 0) / jnp.where(varies, norm, 1), varies
+  centred = x - spread(total(x) / count)
+  # The first mean is rounded: equal entries are now equal to 0. That changes nothing to differentiate.
+  centred -= spread(jax.lax.stop_gradient(total(centred) / count))
+  square, tolerance = total(jnp.square(centred)), 4 * jnp.finfo(x.dtype).eps
+  varies = square > tolerance**2 * jax.lax.stop_gradient(total(jnp.square(x)))
+  return centred * spread(jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, square, 1)), 0)), varies

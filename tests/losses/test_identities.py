@@ -142,6 +142,13 @@ def test_logit_losses_ignore_a_shift(loss):
   np.testing.assert_allclose(loss(student + shift, teacher - 2 * shift), loss(student, teacher), rtol=1e-9, atol=1e-12)
 
 
+@by_name("loss", LOGIT_LOSSES)
+def test_logit_losses_keep_the_digits_of_logits_far_from_zero(loss):
+  """Multiples of 1/64 next to 8192 are float32 numbers: nothing is lost before the loss sees them."""
+  student, teacher = (np.round(64 * x).astype(np.float32) / 64 for x in features())
+  np.testing.assert_allclose(loss(student + 8192, teacher + 8192), loss(student, teacher), rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_hot_soft_targets_are_half_the_variance_of_the_difference(dtype):
   """KL at temperature T is `var_c(s - t) / (2 T^2)` up to O(T^-3)."""
