@@ -38,9 +38,12 @@ def _compiled(method):
   return jax.jit(jax.value_and_grad(norm, argnums=(0, 1)))
 
 
-def value_and_grad(method):
-  """One compilation for each shape and dtype; the smoothing is traced, as a schedule's is."""
-  return lambda x: (lambda value, gradients: (value, gradients[0]))(*_compiled(method)(x, 0.0))
+@functools.cache
+def value_and_grad(method, traced=False):
+  """One compilation for each shape and dtype; without smoothing, or with one of 0 that is traced, as of a schedule."""
+  if traced:
+    return lambda x: (lambda value, gradients: (value, gradients[0]))(*_compiled(method)(x, 0.0))
+  return jax.jit(jax.value_and_grad(lambda x: nuclear_norm(x, method=method)))
 
 
 def error(got, expected):
@@ -67,9 +70,10 @@ DEFICIENT = {
 EVERY = {**WELL_POSED, **DEFICIENT}
 
 
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_value_and_least_norm_gradient_in_float32(method):
-  compute = value_and_grad(method)
+def test_value_and_least_norm_gradient_in_float32(method, traced):
+  compute = value_and_grad(method, traced)
   for name, matrix in EVERY.items():
     x = matrix.astype(np.float32)
     value, gradient = compute(x)
@@ -83,21 +87,35 @@ def test_value_and_least_norm_gradient_in_float32(method):
   assert not np.any(compute(np.zeros((M, N), np.float32))[1])
 
 
+@pytest.mark.parametrize("deficient", [False, True])
+def test_square_matrices_get_the_least_norm_gradient_whether_or_not_the_rank_is_full(deficient):
+  """On a CPU `auto` has two ways there; a batch takes the careful one as soon as one of its matrices needs it."""
+  spectra = [[1, 0.5, 0.2, 0.05, 1e-2, 2e-3, 1e-3], [3, 2, 2, 2, 1, *([0, 0] if deficient else [1, 1])]]
+  batch = np.stack([with_spectrum(spectrum, m=N) for spectrum in spectra]).astype(np.float32)
+  values, gradients = jax.vmap(value_and_grad("auto"))(batch)
+  for x, value, gradient in zip(batch, values, gradients, strict=True):
+    expected, expected_gradient = reference(x)
+    assert error(value, expected) <= 1e-5
+    assert error(gradient, expected_gradient) <= 1e-4
+
+
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("largest", [1.6e38, 1.8e38, 3e38])
-def test_entries_up_to_the_largest_float32(method, largest):
+def test_entries_up_to_the_largest_float32(method, largest, traced):
   x = (1e35 * WELL_POSED["random"]).astype(np.float32)
   x[0, 0] = largest
-  value, gradient = value_and_grad(method)(x)
+  value, gradient = value_and_grad(method, traced)(x)
   expected, expected_gradient = reference(x)
   assert error(value, expected) <= 1e-5
   assert error(gradient, expected_gradient) <= 1e-3  # the condition is 1e4
 
 
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_value_and_least_norm_gradient_in_float64(method):
+def test_value_and_least_norm_gradient_in_float64(method, traced):
   with jax.enable_x64(True):
-    compute = value_and_grad(method)
+    compute = value_and_grad(method, traced)
     for name, matrix in EVERY.items():
       value, gradient = compute(matrix)
       expected, expected_gradient = reference(matrix)
@@ -140,10 +158,10 @@ def test_orthogonal_invariance_transpose_and_scale(method):
     assert error(value_and_grad(method)(x.T)[1], reference(x.T)[1]) <= 1e-9
 
 
-@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (8, 8)])
-def test_auto_takes_the_gram_matrix_on_a_cpu(shape):
+@pytest.mark.parametrize(("shape", "method"), [((12, 8), "gram"), ((8, 12), "gram"), ((8, 8), "newton_schulz")])
+def test_auto_on_a_cpu_goes_by_the_shape(shape, method):
   x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-  np.testing.assert_array_equal(value_and_grad("auto")(x)[1], value_and_grad("gram")(x)[1])
+  np.testing.assert_array_equal(value_and_grad("auto")(x)[1], value_and_grad(method)(x)[1])
 
 
 def test_a_vector_has_its_l2_norm():
