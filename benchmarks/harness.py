@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +16,14 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 2):
-  """Time functions in turns, so that a slow moment of the machine falls on all of them.
+  """Time functions in turns of random order, so that a slow moment of the machine falls on all of them.
 
-  The first call of a turn is not timed if calls are short: threads that the library before left spinning take a core
-  from it.
+  Short calls come in bursts as in a training loop, whose first ones are not timed: threads that the library before left
+  spinning take a core from them, and its own threads have to wake up.
 
   Args:
     functions: by name; each call must block until its result is there.
-    repeats: timed rounds, every function once a round.
+    repeats: timed rounds, every function once a round, or four times if its calls are short.
     warmup: untimed calls of each first, which also compile.
 
   Returns:
@@ -38,13 +39,16 @@ def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int
   gc.collect()
   gc.disable()
   try:
+    order = random.Random(0)
     for _ in range(repeats):
-      for name, function in functions.items():
-        if short[name]:
+      for name, function in order.sample(list(functions.items()), len(functions)):
+        untimed, timed = (4, 4) if short[name] else (0, 1)
+        for _ in range(untimed):
           function()
-        start = time.perf_counter()
-        function()
-        times[name].append(1e3 * (time.perf_counter() - start))
+        for _ in range(timed):
+          start = time.perf_counter()
+          function()
+          times[name].append(1e3 * (time.perf_counter() - start))
   finally:
     gc.enable()
   return {name: _quartiles(values) for name, values in times.items()}
