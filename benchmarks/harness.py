@@ -18,7 +18,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 2):
   """Time functions in turns of random order, so that a slow moment of the machine falls on all of them.
 
-  Short calls come in bursts as in a training loop, whose first ones are not timed: threads that the library before left
+  Short calls come in bursts as in a training loop, whose first 0.1 s are not timed: threads that the library before left
   spinning take a core from them, and its own threads have to wake up.
 
   Args:
@@ -42,10 +42,10 @@ def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int
     order = random.Random(0)
     for _ in range(repeats):
       for name, function in order.sample(list(functions.items()), len(functions)):
-        untimed, timed = (4, 4) if short[name] else (0, 1)
-        for _ in range(untimed):
+        start = time.perf_counter()
+        while short[name] and time.perf_counter() - start < 0.1:
           function()
-        for _ in range(timed):
+        for _ in range(4 if short[name] else 1):
           start = time.perf_counter()
           function()
           times[name].append(1e3 * (time.perf_counter() - start))

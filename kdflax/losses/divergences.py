@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from kdflax.losses._examples import mask
-from kdflax.losses._log_probabilities import along, log_ratio, log_softmax, logit_pair, relative_entropy
+from kdflax.losses._log_probabilities import (
+  along,
+  log_ratio,
+  log_softmax,
+  logit_pair,
+  relative_entropy,
+  softmax,
+)
 
 
 def _log_probabilities(
@@ -122,8 +129,8 @@ def total_variation(
   Reference: Wen, Li, Du and Mou, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", 2023,
   arXiv 2307.15190.
   """
-  log_q, log_p = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature)
-  return mask(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)).sum(axis=-1) / 2, where)
+  student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
+  return mask(jnp.abs(softmax(teacher, temperature) - softmax(student, temperature)).sum(axis=-1) / 2, where)
 
 
 def skew_kl(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from kdflax.losses._examples import AxisName, all_rows, all_sum, mask, masked_sum
-from kdflax.losses._log_probabilities import log_softmax, logit_pair
+from kdflax.losses._log_probabilities import logit_pair, softmax
 from kdflax.losses._numerics import inner_products
 
 Reduction = Callable[[jax.Array], jax.Array]
@@ -161,7 +161,7 @@ def _probabilities(
 ) -> list[jax.Array]:
   """q and p, `[batch, classes]`, 0 for masked examples; how many count on all devices; temperature and the others."""
   student, teacher, *hyper = logit_pair(student_logits, teacher_logits, where, **hyper)
-  q, p = (mask(jnp.exp(log_softmax(logits, hyper[0])), where) for logits in (student, teacher))
+  q, p = (mask(softmax(logits, hyper[0]), where) for logits in (student, teacher))
   _, count = masked_sum(q[..., 0], where, axis_name)
   return [q.reshape(-1, q.shape[-1]), p.reshape(-1, q.shape[-1]), jnp.maximum(count, 1), *hyper]
 
