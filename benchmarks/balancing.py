@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import environment, report, time_interleaved
+from benchmarks.harness import environment, peak_of_a_step, report, time_interleaved
 from kdflax import balancing
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a call of microseconds waits for a second thread
@@ -117,20 +117,36 @@ def weighting_rows(sizes, repeats):
   return rows
 
 
-def network(num_tasks):
+def network(num_tasks, batch=BATCH):
   generator = np.random.default_rng(0)
   widths = (*WIDTHS[:-1], num_tasks)
   shapes = list(itertools.pairwise(widths))
   weights = [(generator.normal(size=shape) / np.sqrt(shape[0])).astype(np.float32) for shape in shapes]
-  return weights, generator.normal(size=(BATCH, WIDTHS[0])).astype(np.float32)
+  return weights, generator.normal(size=(batch, WIDTHS[0])).astype(np.float32)
 
 
-def gradient_rows(sizes, repeats):
-  """Gradients of T losses over the trunk, their Gramian, MGDA and the combination."""
+def torch_gradients(num_tasks, batch=BATCH):
   import torch
   import torchjd
 
   torch.set_num_threads(1)
+  weights, inputs = network(num_tasks, batch)
+  trunk = [torch.tensor(w, requires_grad=True) for w in weights[:-1]]
+  head, inputs = torch.tensor(weights[-1]), torch.tensor(inputs)
+  aggregator = torchjd.aggregation.MGDA()
+
+  def step():
+    hidden = inputs
+    for kernel in trunk:
+      hidden = torch.relu(hidden @ kernel)
+    torchjd.autojac.backward(((hidden @ head) ** 2).mean(0))
+    torchjd.autojac.jac_to_grad(trunk, aggregator)
+
+  return step
+
+
+def gradient_rows(sizes, repeats):
+  """Gradients of T losses over the trunk, their Gramian, MGDA and the combination."""
   rows = []
   for tasks in sizes:
     weights, inputs = network(tasks)
@@ -152,18 +168,8 @@ def gradient_rows(sizes, repeats):
       functions[label] = lambda compiled=compiled, arrays=arrays: jax.block_until_ready(compiled(*arrays))
       memory[label] = compiled.memory_analysis().temp_size_in_bytes / 2**20
 
-    trunk = [torch.tensor(w, requires_grad=True) for w in weights[:-1]]
-    head, batch = torch.tensor(weights[-1]), torch.tensor(inputs)
-    aggregator = torchjd.aggregation.MGDA()
-
-    def peer(trunk=trunk, head=head, batch=batch, aggregator=aggregator):
-      hidden = batch
-      for kernel in trunk:
-        hidden = torch.relu(hidden @ kernel)
-      torchjd.autojac.backward(((hidden @ head) ** 2).mean(0))
-      torchjd.autojac.jac_to_grad(trunk, aggregator)
-
-    functions["torchjd"] = peer
+    functions["torchjd"] = torch_gradients(tasks)
+    memory["torchjd"] = peak_of_a_step(torch_gradients, (tasks,), (2, 4))
     times = time_interleaved(functions, repeats=repeats)
     best = min(times["kdflax vmap"][0], times["kdflax map"][0])
     rows.append(
@@ -184,7 +190,10 @@ def main(argv=None):
   title = "Weights from a Gramian, float32, one thread, median of a call"
   report("balancing_weightings", title, weighting_rows((3, 8) if smoke else (3, 8, 16, 32, 64), repeats), machine)
   title = f"Gradients of T tasks over a trunk of {WIDTHS[:-1]}, batch {BATCH}, MGDA and combination"
-  notes = "MiB: temporary memory of the compiled step, per-task gradients included."
+  notes = (
+    "MiB, per-task gradients included: for kdflax the temporary memory of the compiled step, for TorchJD the growth of "
+    "the peak resident memory of a process of its own."
+  )
   report("balancing_gradients", title, gradient_rows((2,) if smoke else (2, 5, 10, 20), repeats), machine, notes)
 
 

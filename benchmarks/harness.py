@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -18,8 +19,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 2):
   """Time functions in turns of random order, so that a slow moment of the machine falls on all of them.
 
-  Short calls come in bursts as in a training loop, whose first 0.1 s are not timed: threads that the library before left
-  spinning take a core from them, and its own threads have to wake up.
+  Short calls come in bursts as in a training loop. The first 0.1 s of a burst are not timed: threads that the library
+  before left spinning take a core, and a library's own threads have to wake up.
 
   Args:
     functions: by name; each call must block until its result is there.
@@ -59,6 +60,33 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return values[0], values[0], values[0]
   lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
   return median, lower, upper
+
+
+def peak_of_a_step(make: Callable[..., Callable[[], Any]], arguments: tuple, small: tuple) -> float:
+  """MB by which one call of `make(*arguments)` raises the peak of a fresh process, NaN if it dies.
+
+  `make(*small)` is called there first, for what a library allocates once.
+  """
+  context = multiprocessing.get_context("spawn")
+  queue = context.Queue()
+  process = context.Process(target=_peak_of_a_step, args=(make, arguments, small, queue))
+  process.start()
+  process.join()
+  return queue.get() if process.exitcode == 0 else float("nan")
+
+
+def _peak_of_a_step(make, arguments, small, queue):
+  step = make(*arguments)
+  make(*small)()
+  before = _peak()
+  step()
+  queue.put(_peak() - before)
+
+
+def _peak() -> float:
+  """MB of memory that this process has had at most; `ru_maxrss` would start with that of the process that made it."""
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def environment(*packages: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ measured with donated memories of several sizes. `--quick` only shows that the s
 """
 
 import argparse
-import multiprocessing
 import pathlib
 import time
 
@@ -62,30 +61,6 @@ def torch_step(name, batch, width):
   return step
 
 
-def _torch_peak(name, batch, width, queue):
-  step = torch_step(name, batch, width)
-  torch_step(name, 4, 4)()  # what PyTorch allocates once
-  before = _peak()
-  step()
-  queue.put(_peak() - before)
-
-
-def _peak():
-  """MB of memory that this process has had at most; `ru_maxrss` would start with that of the process that made it."""
-  status = pathlib.Path("/proc/self/status").read_text()
-  return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def torch_peak(name, batch, width):
-  """MB by which one step raises the peak of a fresh process."""
-  context = multiprocessing.get_context("spawn")
-  queue = context.Queue()
-  process = context.Process(target=_torch_peak, args=(name, batch, width, queue))
-  process.start()
-  process.join()
-  return queue.get() if process.exitcode == 0 else float("nan")
-
-
 def kdflax_step(name, batch, width):
   """(step, MB of temporary buffers)."""
   loss = getattr(losses, name)
@@ -105,7 +80,7 @@ def measure(name, batch, width, repeats, peers):
   times = {key: median for key, (median, _, _) in timed.items()}
   row = {"loss": name, "batch": batch, "width": width, "kdflax (ms)": times["kdflax"], "kdflax extra (MB)": extra}
   if peers:
-    peak = torch_peak(name, batch, width)
+    peak = harness.peak_of_a_step(torch_step, (name, batch, width), (name, 4, 4))
     row |= {"torchdistill (ms)": times["torchdistill"], "times faster": times["torchdistill"] / times["kdflax"]}
     row |= {"torchdistill extra (MB)": peak, "times lighter": peak / extra}
   return row
