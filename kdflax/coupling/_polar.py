@@ -194,12 +194,12 @@ def _polynomials(eps: float, floor: float) -> np.ndarray:
 def _best_polynomial(lower: float) -> tuple[np.ndarray, float]:
   """The odd polynomial of degree 5 nearest to 1 on [lower, 1], and its largest distance, by Remez' exchange."""
   inner = lower + (1 - lower) * np.array([0.25, 0.75])
+  found = np.zeros(4)  # three coefficients and the distance
   for _ in range(20):
     s = np.array([lower, *inner, 1.0])
-    system = np.stack([s, s**3, s**5, [1, -1, 1, -1]], axis=1)
-    linear, cubic, quintic, error = np.linalg.solve(system, np.ones(4))
-    inner = np.sqrt(np.sort(np.roots([5 * quintic, 3 * cubic, linear])))  # where the slope is 0
-  return np.array([linear, cubic, quintic]), float(error)
+    found = np.linalg.solve(np.stack([s, s**3, s**5, [1, -1, 1, -1]], axis=1), np.ones(4))
+    inner = np.sqrt(np.sort(np.roots([5 * found[2], 3 * found[1], found[0]])))  # where the slope is 0
+  return found[:3], float(found[3])
 
 
 def _auto(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:

@@ -34,7 +34,7 @@ def log_sum_exp(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def less(logits: jax.Array, largest: jax.Array, log_sum: jax.Array) -> jax.Array:
-  """`logits - largest - log_sum`, for which XLA would store the first difference, in a form that it does not store."""
+  """`logits - largest - log_sum`, not taken as that: XLA would store the first difference."""
   total = largest + log_sum
   return logits - total - jax.lax.stop_gradient(log_sum - (total - largest))
 
@@ -55,7 +55,8 @@ def softmax(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 
 def along(tangents: Sequence[jax.Array | SymbolicZero], *slopes: jax.Array) -> jax.Array:
   """Sum of slope * tangent over the arguments that are differentiated."""
-  moving = [slope * moved for slope, moved in zip(slopes, tangents, strict=True) if type(moved) is not SymbolicZero]
+  pairs = zip(slopes, tangents, strict=True)
+  moving = [slope * moved for slope, moved in pairs if not isinstance(moved, SymbolicZero)]
   return sum(moving, start=jnp.zeros_like(slopes[0]))
 
 

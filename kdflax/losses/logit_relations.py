@@ -160,10 +160,10 @@ def _probabilities(
   **hyper: float | jax.Array,
 ) -> list[jax.Array]:
   """q and p, `[batch, classes]`, 0 for masked examples; how many count on all devices; temperature and the others."""
-  student, teacher, *hyper = logit_pair(student_logits, teacher_logits, where, **hyper)
-  q, p = (mask(softmax(logits, hyper[0]), where) for logits in (student, teacher))
+  student, teacher, temperature, *others = logit_pair(student_logits, teacher_logits, where, **hyper)
+  q, p = (mask(softmax(logits, temperature), where) for logits in (student, teacher))
   _, count = masked_sum(q[..., 0], where, axis_name)
-  return [q.reshape(-1, q.shape[-1]), p.reshape(-1, q.shape[-1]), jnp.maximum(count, 1), *hyper]
+  return [q.reshape(-1, q.shape[-1]), p.reshape(-1, q.shape[-1]), jnp.maximum(count, 1), temperature, *others]
 
 
 @jax.custom_jvp
@@ -174,10 +174,9 @@ def _gram_difference(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _gram_difference_jvp(primals, tangents):
-  half = 0.0
-  for sign, rows, moved in zip((1, -1), primals, tangents, strict=True):
-    if type(moved) is not SymbolicZero:
-      half += sign * inner_products(moved, rows)
+  signed = zip((1, -1), primals, tangents, strict=True)
+  halves = [sign * inner_products(moved, x) for sign, x, moved in signed if not isinstance(moved, SymbolicZero)]
+  half = sum(halves[1:], start=halves[0])
   return _gram_difference(*primals), half + half.T
 
 
