@@ -55,7 +55,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, stop_after)
 @pytest.mark.slow
 def test_cifar_100_has_fine_and_coarse_classes_as_tasks(tmp_path, cifar100):
   small = {"cifar": str(cifar100), "pair": ("resnet8", "resnet8"), "held_out": 8, "methods": ("multi-task teacher",)}
-  small |= {"balancers": (), "teacher_steps": 1, "student_steps": 1, "save_every": 1}
+  small |= {"balancers": (), "teacher_steps": 1, "student_steps": 1, "save_every": 1, "batch_size": 4, "seeds": 1}
   fuse.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), **small))
   results = json.loads((tmp_path / "run" / "results.json").read_text())["multi-task teacher"]
   assert results["accuracy"].keys() == {"fine", "coarse"}
