@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from family_divergences import forward_kl, jensen_shannon, reverse_kl
 from family_logits import softmax
+from jax.test_util import check_grads
 
 from kdflax import losses
 
@@ -147,6 +148,32 @@ def test_logit_losses_keep_the_digits_of_logits_far_from_zero(loss):
   """Multiples of 1/64 next to 8192 are float32 numbers: nothing is lost before the loss sees them."""
   student, teacher = (np.round(64 * x).astype(np.float32) / 64 for x in features())
   np.testing.assert_allclose(loss(student + 8192, teacher + 8192), loss(student, teacher), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("loss", "share"),
+  [
+    (losses.kl_soft_targets, None),
+    (losses.reverse_kl, None),
+    (losses.total_variation, None),
+    (losses.skew_kl, "alpha"),
+    (losses.reverse_skew_kl, "alpha"),
+    (losses.jensen_shannon, "beta"),
+    (losses.dist, None),
+  ],
+)
+@float64
+def test_learned_temperatures_and_shares_have_derivatives_where_classes_are_masked(loss, share):
+  student, teacher = features()
+  student[:, 1] = teacher[:, 1] = -np.inf
+  temperature, shares = np.linspace(0.5, 3, 6), np.linspace(0.1, 0.9, 6)
+
+  def total(temperature, shares):
+    hyper = {"temperature": temperature} | ({share: shares} if share else {})
+    return (temperature * loss(student, teacher, **hyper)).sum()
+
+  check_grads(jax.jit(total), (temperature, shares), order=1, modes=["fwd", "rev"], rtol=1e-6)
+  check_grads(jax.jit(jax.grad(total, argnums=(0, 1))), (temperature, shares), order=1, modes=["fwd"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
