@@ -203,8 +203,8 @@ def _best_polynomial(lower: float) -> tuple[np.ndarray, float]:
 
 
 def _auto(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
-  by = lambda function: functools.partial(function, smoothed=smoothed)
-  return jax.lax.platform_dependent(x, mu, cpu=by(_on_cpu), default=by(_by_newton_schulz))
+  on_cpu, elsewhere = (functools.partial(method, smoothed=smoothed) for method in (_on_cpu, _by_newton_schulz))
+  return jax.lax.platform_dependent(x, mu, cpu=on_cpu, default=elsewhere)
 
 
 def _on_cpu(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
