@@ -125,8 +125,9 @@ def test_derivatives_match_finite_differences(case):
 
 @each_case
 def test_eager_equals_jit(case):
-  arrays = cast(inputs_of(case), "float32")
-  assert_close(case.loss(*arrays, **case.hyper, **case.static), run(case, arrays)[0], "float32")
+  with jax.enable_x64(True):  # whose operations the test of the defaults has compiled
+    arrays = cast(inputs_of(case), "float64")
+    assert_close(case.loss(*arrays, **case.hyper, **case.static), run(case, arrays)[0], "float64")
 
 
 @each_case
