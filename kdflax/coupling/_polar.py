@@ -16,6 +16,7 @@ from jax.custom_batching import custom_vmap
 
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 _MAX_REFINEMENTS = 16
+_MAX_CALLS = 64  # of LAPACK for one batch: each takes its part of the time to compile
 
 
 class Polar(NamedTuple):
@@ -55,7 +56,7 @@ def _by_svd(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
 
 
 def _by_gram(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
-  h_squared, v = jnp.linalg.eigh(matmul(x.mT, x))
+  h_squared, v = _eigenbasis(matmul(x.mT, x))
   s_squared = jnp.maximum(h_squared, 0)
   h_squared = s_squared + mu[..., None] ** 2
   # 256 eps: below it the rounding of X'X is not worth a second look.
@@ -68,6 +69,23 @@ def _by_gram(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
     return Polar(jnp.sum(value, -1), factor, -jnp.sum(slope, -1))
 
   return jax.lax.cond(jnp.all(benign), accept, lambda: _refine(x, v, mu, smoothed))
+
+
+def _eigenbasis(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Eigenvalues and eigenvectors; on a CPU by one call for each matrix of a batch, which XLA runs side by side.
+
+  Most times jaxlib 0.10 takes the matrices of a batched call one after the other.
+  """
+  eigh = functools.partial(jnp.linalg.eigh, symmetrize_input=False)
+  batch, side = gram.shape[:-2], gram.shape[-1]
+  if not 2 <= math.prod(batch) <= _MAX_CALLS:
+    return eigh(gram)
+
+  def side_by_side(gram):
+    values, vectors = zip(*(eigh(matrix) for matrix in gram.reshape(-1, side, side)), strict=True)
+    return jnp.stack(values).reshape(*batch, side), jnp.stack(vectors).reshape(gram.shape)
+
+  return jax.lax.platform_dependent(gram, cpu=side_by_side, default=lambda gram: tuple(eigh(gram)))
 
 
 def _refine(x: jax.Array, v: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:

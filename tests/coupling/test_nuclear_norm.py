@@ -231,6 +231,17 @@ def test_vmap_and_leading_axes_equal_a_loop(method):
     assert np.abs(leading[index] - gradient).max() <= tolerance
 
 
+def test_a_batch_of_any_size_equals_a_loop():
+  """On a CPU the eigenbases of up to 64 matrices are calls of their own, those of more are one."""
+  batch = np.random.default_rng(0).normal(size=(65, 5, 3)).astype(np.float32)
+  single = value_and_grad("gram")
+  for count in (64, 65):
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(lambda x: nuclear_norm(x, method="gram"))))(batch[:count])
+    for index in (0, count - 1):
+      value, gradient = single(batch[index])
+      assert error(values[index], value) <= 1e-5 and error(gradients[index], gradient) <= 1e-5
+
+
 def test_a_vmapped_branch_stays_a_branch():
   text = str(jax.make_jaxpr(jax.vmap(lambda x: nuclear_norm(x, method="gram")))(jnp.ones((2, 4, 3))))
   assert "cond[" in text
