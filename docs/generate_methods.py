@@ -30,19 +30,19 @@ FACTS = {
   "kl_soft_targets": Facts(
     "KD, soft targets; mutual learning (DML)", "logits", "0.9 at T = 4, cross-entropy 0.1 [r, m]"
   ),
-  "hard_targets": Facts("Hard distillation (DeiT)", "logits"),
+  "hard_targets": Facts("Hard distillation (DeiT)", "logits", "0.5, cross-entropy 0.5 [d]"),
   "dkd": Facts("DKD", "logits, labels", "1 with alpha 1, beta 8, T = 4; warm-up of 20 epochs [m]"),
   "nkd": Facts("NKD", "logits, labels", "1 on ImageNet with gamma 1.5, T = 1 [n]"),
-  "dist": Facts("DIST", "logits"),
-  "class_correlation": Facts("MLKD, class level", "logits"),
-  "batch_correlation": Facts("MLKD, batch level", "logits"),
+  "dist": Facts("DIST", "logits", "1 with beta 1, gamma 1 [h]"),
+  "class_correlation": Facts("MLKD, class level", "logits", "0.9 at each T of 2 to 6, cross-entropy 0.1 [l]"),
+  "batch_correlation": Facts("MLKD, batch level", "logits", "0.9 at each T of 2 to 6, cross-entropy 0.1 [l]"),
   "standardize_logits": Facts("Logit standardization", "logits", "9 for KD at T = 2 [s]"),
   # divergences
-  "forward_kl": Facts("Forward KL; GKD at beta 0", "logits"),
-  "reverse_kl": Facts("Reverse KL (MiniLLM); GKD at beta 1", "logits"),
-  "total_variation": Facts("Total variation distance (f-distill)", "logits"),
-  "skew_kl": Facts("Skew KL (DistiLLM)", "logits"),
-  "reverse_skew_kl": Facts("Skew reverse KL (DistiLLM)", "logits"),
+  "forward_kl": Facts("Forward KL; GKD at beta 0", "logits", "1, alone, for language models [g]"),
+  "reverse_kl": Facts("Reverse KL (MiniLLM); GKD at beta 1", "logits", "1, alone, for language models [g]"),
+  "total_variation": Facts("Total variation distance (f-distill)", "logits", "1, alone, for language models [f]"),
+  "skew_kl": Facts("Skew KL (DistiLLM)", "logits", "1, alone, for language models [k]"),
+  "reverse_skew_kl": Facts("Skew reverse KL (DistiLLM)", "logits", "1, alone, for language models [k]"),
   "jensen_shannon": Facts("Generalised JSD (GKD)", "logits", "1, alone, for language models [g]"),
   # features
   "hint": Facts("FitNets hint", "feature maps or embedding; connector where widths or sizes differ", "100 [r, m]"),
@@ -70,7 +70,7 @@ FACTS = {
   # Gram matrices of features
   "fsp": Facts("FSP", "feature maps of two layers; connector where widths differ", "50 [r]"),
   "nst": Facts("NST", "feature maps", "50 [r, m]"),
-  "inter_channel_correlation": Facts("ICKD", "feature maps; connector where widths differ"),
+  "inter_channel_correlation": Facts("ICKD", "feature maps; connector where widths differ", "2.5 [i]"),
   "kdsvd": Facts("KDSVD", "feature maps of two layers; connector where widths differ", "1 [r, m]"),
   # relations
   "rkd_distance": Facts("RKD-D", "embedding", "25 [r, m]"),
@@ -102,9 +102,10 @@ the table in `docs/generate_methods.py`, and run `python -m docs.generate_method
 
 A weight multiplies the mean over the examples, next to a cross-entropy of weight 1 unless it says otherwise. It goes
 with the scale of the formula here and was chosen by others for small CIFAR-100 networks: a start for a search, no more.
-Sources: [r] RepDistiller's scripts, [m] mdistiller's configurations, [s] the scripts of logit-standardization-KD, [c]
-the configurations of the CAT-KD authors, [n] those of the NKD authors, [g] TRL's GKD trainer. "None recorded" says that
-nobody looked one up for this page; `experiments.zoo --tune` finds one for your pair.
+Sources: [r] RepDistiller's scripts, [m] mdistiller's configurations, [g] TRL's GKD trainer, [s] the scripts of
+logit-standardization-KD, and the code of the authors of [c] CAT-KD, [d] DeiT, [f] f-distill, [h] DIST, [i] ICKD, [k]
+DistiLLM, [l] MLKD and [n] NKD. "None recorded" says that no weight is known that goes with the formula here;
+`experiments.zoo --tune` finds one for your pair.
 """
 
 DEGENERATE = """\
