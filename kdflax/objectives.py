@@ -88,7 +88,7 @@ def evaluate(
     axis_name: mapped axis of `pmap` or `shard_map` that the batch is spread over; also passed to the losses that
       compare examples. Under plain `jit` on a mesh it stays None.
     guard: whether a Term whose value is not finite gives no gradient. Without it its gradient, even times 0, is NaN,
-      and spoils that of all other Terms.
+      and spoils that of all other Terms. With it the objective has derivatives in reverse mode only.
 
   Returns:
     The weighted mean of each Term by name (their sum is the objective), and its unweighted (sum, count) by name,
@@ -102,10 +102,7 @@ def evaluate(
   values, metrics = {}, {}
   for name, term in terms.items():
     try:
-      value, where = per_example(term, context, step, axis_name)
-      if guard:  # XLA computes both values once: they differ only in their derivative
-        finite = jnp.isfinite(masked_mean(value, where, axis_name))
-        value, where = per_example(term, context, step, axis_name, passes=finite)
+      value, where = per_example(term, context, step, axis_name, guard=guard)
     except (ValueError, TypeError, AssertionError) as error:
       error.add_note(f"in term {name!r}")
       raise
@@ -116,16 +113,12 @@ def evaluate(
 
 
 def per_example(
-  term: Term,
-  context: Context,
-  step: jax.Array | int = 0,
-  axis_name: AxisName = None,
-  *,
-  passes: jax.Array | bool = True,
+  term: Term, context: Context, step: jax.Array | int = 0, axis_name: AxisName = None, *, guard: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Returns what the loss of a Term returns, and its `where`; if not `passes`, without a gradient."""
-  arguments = {argument: _value(source, term, context, step, passes) for argument, source in term.inputs.items()}
+  """Returns what the loss of a Term returns, and its `where`; with `guard` as in `evaluate`."""
+  arguments = {argument: _value(source, term, context, step) for argument, source in term.inputs.items()}
   where = arguments.pop("where", None)
+  read = [argument for argument in arguments if isinstance(term.inputs[argument], str)]
   function = term.loss
   while isinstance(function, functools.partial):  # which turns positional arguments into keyword-only ones
     function = function.func
@@ -133,13 +126,30 @@ def per_example(
   if "where" in parameters and parameters["where"].kind is _KEYWORD_ONLY:
     arguments |= {} if where is None else {"where": where}
   elif where is not None:  # masking the result is not enough: 0 times the derivative at a NaN is NaN
-    read = {argument: value for argument, value in arguments.items() if isinstance(term.inputs[argument], str)}
-    arguments |= {
-      argument: jax.tree.map(lambda array: _masked(array, where), value) for argument, value in read.items()
-    }
+    arguments |= {name: jax.tree.map(lambda array: _masked(array, where), arguments[name]) for name in read}
   if axis_name is not None and "axis_name" in parameters:
     arguments["axis_name"] = axis_name
-  return jnp.asarray(term.loss(**arguments)), where
+  loss = lambda inputs: jnp.asarray(term.loss(**(arguments | inputs)))
+  if guard:
+    loss = _guarded(loss, lambda value: jnp.isfinite(masked_mean(value, where, axis_name)))
+  return loss({name: arguments[name] for name in read if not is_stopped(term, term.inputs[name])}), where
+
+
+def _guarded(loss: Callable[[Any], jax.Array], accept: Callable[[jax.Array], jax.Array]) -> Callable[[Any], jax.Array]:
+  """The loss, with a gradient of 0 where its value is not accepted."""
+  guarded = jax.custom_vjp(loss)
+
+  def forward(inputs):
+    value, pullback = jax.vjp(loss, inputs)
+    return value, (pullback, accept(value))
+
+  def backward(residuals, cotangent):
+    pullback, accepted = residuals
+    block = lambda slope: slope if slope.dtype == jax.dtypes.float0 else jnp.where(accepted, slope, 0)
+    return (jax.tree.map(block, pullback(cotangent)[0]),)
+
+  guarded.defvjp(forward, backward)
+  return guarded
 
 
 def lookup(context: Context, path: str) -> Any:
@@ -158,17 +168,13 @@ def lookup(context: Context, path: str) -> Any:
   return found
 
 
-def _value(source: Any, term: Term, context: Context, step: jax.Array | int, passes: jax.Array | bool) -> Any:
+def _value(source: Any, term: Term, context: Context, step: jax.Array | int) -> Any:
   if callable(source):
     return source(step)
   if not isinstance(source, str):
     return source
   value = lookup(context, source)
-  if is_stopped(term, source):
-    return jax.lax.stop_gradient(value)
-  if passes is True:
-    return value
-  return jax.tree.map(lambda array: jnp.where(passes, array, jax.lax.stop_gradient(array)), value)
+  return jax.lax.stop_gradient(value) if is_stopped(term, source) else value
 
 
 def _masked(array: Any, where: jax.Array) -> Any:

@@ -174,6 +174,25 @@ def test_nan_in_masked_rows_reaches_no_value_and_no_gradient():
   assert np.any(_gradients(terms, broken)["student"]["embedding"])
 
 
+def test_a_guarded_term_that_is_not_finite_gives_no_gradient_and_is_evaluated_once():
+  context, calls = _context(), []
+
+  def hard(logits, labels):
+    calls.append(None)
+    return cross_entropy(logits, labels)
+
+  terms = {"soft": Term(losses.kl_soft_targets, SOFT), "hard": Term(hard, HARD), "spoilt": Term(_infinite, HARD)}
+  total = lambda student: sum(evaluate(terms, {**context, "student": student}, guard=True)[0].values())
+  gradient = jax.grad(total)(context["student"])
+  assert len(calls) == 1
+  expected = _gradients({name: terms[name] for name in ("soft", "hard")}, context)["student"]
+  jax.tree.map(np.testing.assert_array_equal, gradient, expected)
+
+
+def _infinite(logits, labels):
+  return jnp.inf * cross_entropy(logits, labels)
+
+
 @pytest.mark.parametrize("filler", [np.nan, np.inf, 1e38])
 def test_a_missing_number_reaches_nothing_through_a_loss_that_knows_no_mask(filler):
   where = np.array([True, False, True])
