@@ -1,7 +1,8 @@
 """What an objective of many terms costs beyond its forward and backward passes: `python -m benchmarks.composite`.
 
 The passes alone: the student forward and backward and the frozen teacher forward, in the step with the soft targets
-only. Each other term is added to that step by itself, and then all of them at once. Student and teacher are live, the
+only. Each other term is added to that step by itself, and then all of them at once; the sum of the parts is that of the
+passes and of what each term adds to them. Student and teacher are live, the
 batch is handed over as NumPy arrays, compilation is without a cache.
 """
 
@@ -63,11 +64,15 @@ def measure(name: str, repeats: int):
   steps = {part: compiled_step(needs(found), found, batch) for part, found in terms.items()}
   times = time_interleaved({part: call for part, (call, _) in steps.items()}, repeats=repeats, warmup=5)
   medians = {part: median for part, (median, _, _) in times.items()}
+  seconds = {part: seconds for part, (_, seconds) in steps.items()}
+  sum_of_parts = lambda found: found["passes"] + sum(found[f"+ {part}"] - found["passes"] for part in more)
   return (
     {"network": name}
     | {f"{part} (ms)": median for part, median in medians.items()}
     | {"composite / passes": medians["composite"] / medians["passes"]}
-    | {f"compiling {part} (s)": seconds for part, (_, seconds) in steps.items()}
+    | {"composite / sum of parts": medians["composite"] / sum_of_parts(medians)}
+    | {f"compiling {part} (s)": spent for part, spent in seconds.items()}
+    | {"compiling composite / sum of parts": seconds["composite"] / sum_of_parts(seconds)}
   )
 
 

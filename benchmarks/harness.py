@@ -107,12 +107,14 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
+  """The processor's name with what tells it apart: a virtual machine's name says little."""
   cpuinfo = pathlib.Path("/proc/cpuinfo")
-  if cpuinfo.exists():
-    for line in cpuinfo.read_text().splitlines():
-      if line.startswith("model name"):
-        return line.split(":", 1)[1].strip()
-  return platform.processor() or platform.machine()
+  lines = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
+  facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+  if "model name" not in facts:
+    return platform.processor() or platform.machine()
+  vectors = next((name for name in ("avx512f", "avx2", "avx") if name in facts.get("flags", "").split()), "no AVX")
+  return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')}, {vectors})"
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
