@@ -2,8 +2,8 @@
 
 The passes alone: the student forward and backward and the frozen teacher forward, in the step with the soft targets
 only. Each other term is added to that step by itself, and then all of them at once; the sum of the parts is that of the
-passes and of what each term adds to them. Student and teacher are live, the
-batch is handed over as NumPy arrays, compilation is without a cache.
+passes and of what each term adds to them. Student and teacher are live, the batch is handed over as NumPy arrays,
+compilation is without a cache.
 """
 
 import argparse

@@ -6,6 +6,8 @@ against a float64 SVD. The last rows time all pairs of 8 tasks' 512 x 128 layers
 
 JAX's LAPACK is SciPy's OpenBLAS, whose threads go on spinning after a call and take a core from XLA's matmuls: on two
 cores `OPENBLAS_NUM_THREADS=1` is faster, and it is set here. PyTorch has its own library, with one and two threads.
+What iterates by products gains from wide vectors: with AVX-512 the matrix of 256 x 256 was 1.5 times faster than
+PyTorch's, with AVX2 it is about as fast.
 """
 
 import argparse

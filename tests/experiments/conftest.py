@@ -1,10 +1,14 @@
 """What the tests of experiments share: a compile cache, a stop in the middle of a run, and CIFAR-100 in small."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from experiments import common, phases
+from kdflax.training import Preempted
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,29 @@ def stop_after(monkeypatch):
     monkeypatch.setattr(common, "Progress", lambda *_: progress)
 
   return set_up
+
+
+@pytest.fixture
+def whole_and_stopped(tmp_path, stop_after):
+  """`(main, config, calls, message) -> (directory, results, results)` of a run, and of one that is stopped and resumed.
+
+  It stops with the message after so many calls of the step, and the logs must be the same to the last digit.
+  """
+
+  def run_both(main, config, calls, message):
+    whole, parts = (dataclasses.replace(config, run=str(tmp_path / name)) for name in ("whole", "parts"))
+    stop_after(None)
+    main(whole)
+    stop_after(calls)
+    with pytest.raises(Preempted, match=message):
+      main(parts)
+    stop_after(None)
+    main(parts)
+    read = lambda file: [(tmp_path / name / file).read_text() for name in ("whole", "parts")]
+    assert len(set(read("metrics.jsonl"))) == 1
+    return tmp_path / "whole", *map(json.loads, read("results.json"))
+
+  return run_both
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ TINY = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("compile_cache")
+pytestmark = [pytest.mark.usefixtures("compile_cache"), pytest.mark.xdist_group("distill")]  # one run, in one process
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import pytest
 
 from experiments import fuse
 from kdflax import models
-from kdflax.training import Preempted
 
-pytestmark = pytest.mark.usefixtures("compile_cache")
+pytestmark = [pytest.mark.usefixtures("compile_cache"), pytest.mark.xdist_group("fuse")]  # one cache, in one process
 
 TINY = fuse.Config(
   pair=("mlp-8", "mlp-4"),
@@ -27,41 +26,32 @@ TINY = fuse.Config(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, stop_after):
-  whole, parts = tmp_path / "whole", tmp_path / "parts"
-  stop_after(None)
-  fuse.main(dataclasses.replace(TINY, run=str(whole)))
-  stop_after(10)
-  with pytest.raises(Preempted, match="students, composite stopped at step 3 of 4"):
-    fuse.main(dataclasses.replace(TINY, run=str(parts)))
-  stop_after(None)
-  fuse.main(dataclasses.replace(TINY, run=str(parts)))
-
-  assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
-  first, second = (json.loads((path / "results.json").read_text()) for path in (whole, parts))
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(whole_and_stopped):
+  run, first, second = whole_and_stopped(fuse.main, TINY, 10, "students, composite stopped at step 3 of 4")
   for result in (*first.values(), *second.values()):
     del result["microseconds"]
   assert first == second
   assert list(first) == ["joint", "composite", "composite UPGrad"]
-  differences = json.loads((whole / "differences.json").read_text())
+  differences = json.loads((run / "differences.json").read_text())
   assert [(line["method"], line["against"]) for line in differences] == [
     ("composite", "joint"),
     ("composite UPGrad", "composite"),
   ]
   for name in ("results.md", "differences.md", "accuracy.png", "learning_curves.png"):
-    assert (whole / name).stat().st_size > 0
+    assert (run / name).stat().st_size > 0
 
 
 @pytest.mark.slow
 def test_cifar_100_has_fine_and_coarse_classes_as_tasks(tmp_path, cifar100):
-  small = {"cifar": str(cifar100), "pair": ("resnet8", "resnet8"), "held_out": 8, "methods": ("multi-task teacher",)}
-  small |= {"balancers": (), "teacher_steps": 1, "student_steps": 1, "save_every": 1, "batch_size": 4, "seeds": 1}
+  small = {"cifar": str(cifar100), "pair": ("convnet-2-3", "convnet-2-3"), "held_out": 8, "seeds": 1}
+  small |= {"methods": ("multi-task teacher",), "balancers": (), "batch_size": 4}
+  small |= {"teacher_steps": 1, "student_steps": 1, "save_every": 1}
   fuse.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), **small))
   results = json.loads((tmp_path / "run" / "results.json").read_text())["multi-task teacher"]
   assert results["accuracy"].keys() == {"fine", "coarse"}
   image = {"image": jnp.zeros((1, 32, 32, 3))}
-  encoder, _ = models.resnet("resnet8", None).init(jax.random.key(0), image)
-  assert results["parameters"] == models.count_parameters(encoder) + (100 + 20) * (64 + 1)
+  encoder, _ = models.convnet((2, 3), None).init(jax.random.key(0), image)
+  assert results["parameters"] == models.count_parameters(encoder) + (100 + 20) * (3 + 1)
 
 
 @pytest.mark.parametrize(

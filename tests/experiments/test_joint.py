@@ -1,7 +1,6 @@
 """The joint-learning experiment: a tiny run end to end, stopped and resumed, and its mistakes."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from experiments import joint, joint_report
 from experiments.balancers import BALANCERS, one_of
 from experiments.pictures import pareto_front
 from kdflax import balancing, training
-from kdflax.training import Preempted
 
 SMALL = joint.Settings(hidden=(3, 2), steps=20, batch_size=8, l2=(0.1,), trace_norm=(0.1,))
 TINY = joint.Config(problems=("diabetes",), diabetes=SMALL, balancers=("UPGrad", "DB-MTL"), seeds=2, save_every=10)
@@ -20,8 +18,7 @@ TINY = joint.Config(problems=("diabetes",), diabetes=SMALL, balancers=("UPGrad",
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("joint")
-def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch, stop_after):
-  whole, parts = tmp_path / "whole", tmp_path / "parts"
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(monkeypatch, whole_and_stopped):
   programs = {}
   build = joint.machine
 
@@ -32,19 +29,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch
     return programs[key]
 
   monkeypatch.setattr(joint, "machine", once)
-  joint.main(dataclasses.replace(TINY, run=str(whole)))
-
-  stop_after(2)  # seen in the middle of the second phase
-  with pytest.raises(Preempted, match="trace-norm soft stopped at step 10 of 20"):
-    joint.main(dataclasses.replace(TINY, run=str(parts)))
-  stop_after(None)
-  joint.main(dataclasses.replace(TINY, run=str(parts)))
-
-  first, second = (json.loads((path / "results.json").read_text()) for path in (whole, parts))
+  run, first, second = whole_and_stopped(joint.main, TINY, 2, "trace-norm soft stopped at step 10 of 20")
   for result in (*first, *second):
     del result["seconds"]
   assert first == second
-  assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
   assert [r["method"] for r in first] == [
     "independent",
     "L2 soft",
@@ -55,9 +43,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(tmp_path, monkeypatch
   ]
   assert first[0]["improvement"] == [0.0, 0.0]
   for name in ("results.md", "trade_off-diabetes.png", "difference_spectra.png", "gradient_cosines.png"):
-    assert (whole / name).stat().st_size > 0
+    assert (run / name).stat().st_size > 0
   with pytest.raises(training.RunDirectoryError, match="seeds"):
-    joint.main(dataclasses.replace(TINY, run=str(whole), seeds=3))
+    joint.main(dataclasses.replace(TINY, run=str(run), seeds=3))
 
 
 @pytest.mark.parametrize(
