@@ -254,7 +254,8 @@ def student_feed(session: phases.Session, images: Any, kinds: Sequence[str]) -> 
   arrays = {"images": images | {"teacher": said}, "labelled": np.stack([np.flatnonzero(rows) for rows in labelled])}
   axes = {"images": {name: None for name in images} | {"teacher": 1}, "labelled": 0}
   sample = functools.partial(phases.draw_mixed, size=config.batch_size)
-  return phases.Feed(itertools.repeat(phases.on_device(arrays)), sample, axes)
+  bound = {f"what {kind} teachers said": training.digest(said[kind]) for kind in kinds}
+  return phases.Feed(itertools.repeat(phases.on_device(arrays)), sample, axes, bound)
 
 
 def objective(config: Any, method: Method) -> tuple[dict[str, models.Model], dict[str, Term]]:

@@ -313,7 +313,7 @@ def train(
 
   arrays = {"train": work.splits["train"], "strength": jnp.asarray(strengths), "choice": jnp.int32(choice)}
   batches, steps = itertools.repeat(arrays), work.settings.steps
-  phase = phases.run(session, f"{work.name}, {method}", machine.program, batches, steps, evaluate=check)
+  phase = phases.run(session, f"{work.name}, {method}", machine.program, phases.Feed(batches), steps, evaluate=check)
   params = phase.state.params["student"]
   validation = scores(work, machine.predict(params, "validation"), "validation")
   score = np.mean([validation[task][metric_of(work, task)] for task in work.problem.tasks], axis=0)

@@ -23,7 +23,7 @@ from kdflax.objectives import Term
 from kdflax.training.metrics import accuracy
 
 PyTree = Any
-_UNBOUND = ("accept_changes",)  # settings that may differ when a run continues
+_UNBOUND = ("run", "accept_changes")  # settings that may differ when a run continues
 
 
 class Session(NamedTuple):
@@ -41,6 +41,7 @@ class Feed(NamedTuple):
   batches: Any  # iterator, with a position if the batches depend on it
   sample: Any = None  # draws a batch from arrays that stay on the device
   axes: Any = None  # which axis of each array counts the seeds
+  bound: Mapping[str, str] | None = None  # digests of what else is in it, by name; as `fit` takes them
 
 
 class Program(NamedTuple):
@@ -112,14 +113,14 @@ def train(
     return jax.device_put(seeds.init(*arguments), training.replicated(mesh))
 
   program = Program(init, training.make_train_step(seeds, mesh=mesh))
-  return run(session, name, program, feed.batches, num_steps, keys=keys, frozen=frozen, evaluate=evaluate)
+  return run(session, name, program, feed, num_steps, keys=keys, frozen=frozen, evaluate=evaluate)
 
 
 def run(
   session: Session,
   name: str,
   program: Program,
-  batches: Any,
+  feed: Feed,
   num_steps: int,
   *,
   keys: jax.Array | None = None,
@@ -132,7 +133,7 @@ def run(
     session: of a config with `seeds` and `save_every`.
     name: as for `train`.
     program: what to run.
-    batches: iterator, with a position if the batches depend on it.
+    feed: its data; only its batches and what they are bound to matter here.
     num_steps: updates.
     keys: as for `train`.
     frozen: handed to the program, by name; the checkpoints of the phase are bound to its content.
@@ -141,8 +142,8 @@ def run(
   config, chunk = session.config, program.steps_per_call
   keys = jax.random.split(jax.random.key(0), config.seeds) if keys is None else keys
   given = () if frozen is None else (frozen,)
-  bound = {name: training.digest(arrays) for name, arrays in (frozen or {}).items()}
-  example = common.peek(batches)
+  bound = {name: training.digest(arrays) for name, arrays in (frozen or {}).items()} | dict(feed.bound or {})
+  example = common.peek(feed.batches)
   state = program.init(keys, example, *given)
   interval = max(num_steps // 10 // chunk, 1) * chunk
   start = time.perf_counter()
@@ -151,7 +152,7 @@ def run(
     state = training.fit(
       lambda state, batch: program.step(state, batch, *given),
       state,
-      batches,
+      feed.batches,
       num_steps=num_steps,
       steps_per_call=chunk,
       phase=name,

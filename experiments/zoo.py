@@ -274,7 +274,9 @@ def weight_of(config: Config, name: str) -> tuple[float, str]:
   tuned = json.loads(file.read_text()) if file.is_file() else {}
   found = tuned.get(config.dataset, {}).get(name)
   if found:
-    return float(found["weight"]), "tuned" if published is None else f"tuned, {published:g} published"
+    here = (tuple(found["pair"]), found["steps"]) == (config.pair, config.student_steps)
+    tuned_on = "tuned" if here else f"tuned on {' to '.join(found['pair'])}, {found['steps']} steps"
+    return float(found["weight"]), tuned_on if published is None else f"{tuned_on}, {published:g} published"
   return (1.0, "untuned") if published is None else (published, "published")
 
 

@@ -97,7 +97,7 @@ def evaluate(
   Raises:
     ValueError: if a path does not exist (with what exists there), or all weights are the number 0.
   """
-  if terms and all(isinstance(term.weight, int | float) and term.weight == 0 for term in terms.values()):
+  if terms and all(map(is_watched, terms.values())):
     raise ValueError(f"all weights are 0: {list(terms)}; an objective needs at least one positive weight")
   values, metrics = {}, {}
   for name, term in terms.items():
@@ -188,6 +188,11 @@ def _masked(array: Any, where: jax.Array) -> Any:
 def is_stopped(term: Term, path: str) -> bool:
   """Whether a Term gives no gradient to what lies at a path."""
   return any(_lies_below(path, stopped) for stopped in term.stop_gradient)
+
+
+def is_watched(term: Term) -> bool:
+  """Whether a Term is only watched: its weight is the number 0."""
+  return isinstance(term.weight, int | float) and term.weight == 0
 
 
 def _lies_below(path: str, above: str) -> bool:

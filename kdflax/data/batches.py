@@ -183,18 +183,20 @@ def mix(labelled: Arrays, unlabelled: Arrays) -> Arrays:
     unlabelled: dict of the same names with arrays `[unlabelled examples, ...]`; labels in it are carried, not used.
 
   Returns:
-    The rows of both, with `labelled`, bool: the mask of the terms that need a label.
+    The rows of both, with `labelled`, bool: the mask of the terms that need a label. Of the labelled examples those
+    count that have the mask already, where there is one (a label budget, a batch that was mixed before).
 
   Raises:
-    ValueError: the two have different names, or rows of different shape; each is listed.
+    ValueError: the two have different names, or rows of different shape or kind (integers, floats); each is listed.
   """
   first, rest = num_examples(labelled), num_examples(unlabelled)
+  marked = labelled.get("labelled", jnp.ones(first, bool))
+  labelled, unlabelled = (
+    {name: arrays for name, arrays in batch.items() if name != "labelled"} for batch in (labelled, unlabelled)
+  )
   rows, others = (
-    {
-      jax.tree_util.keystr(path, simple=True, separator="."): jnp.shape(x)[1:]
-      for path, x in jax.tree.leaves_with_path(b)
-    }
-    for b in (labelled, unlabelled)
+    {jax.tree_util.keystr(path, simple=True, separator="."): _row(x) for path, x in jax.tree.leaves_with_path(batch)}
+    for batch in (labelled, unlabelled)
   )
   differing = [
     f"{name}: {rows.get(name, 'absent')} labelled, {others.get(name, 'absent')} unlabelled"
@@ -203,11 +205,18 @@ def mix(labelled: Arrays, unlabelled: Arrays) -> Arrays:
   ]
   if differing:
     raise ValueError(
-      "labelled and unlabelled batches must have the same names and rows of one shape; put any number where there is no"
-      " label (-1, NaN):\n  " + "\n  ".join(differing)
+      "labelled and unlabelled batches must have the same names and rows of one shape and kind; put any number where"
+      " there is no label (-1, NaN):\n  " + "\n  ".join(differing)
     )
   together = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), labelled, unlabelled)
-  return together | {"labelled": jnp.arange(first + rest) < first}
+  return together | {"labelled": jnp.concatenate([marked, jnp.zeros(rest, bool)])}
+
+
+def _row(values: Any) -> str:
+  """Kind and shape of an array's rows; images as integers and as floats do not belong into one batch."""
+  kinds = {"floats": jnp.floating, "integers": jnp.integer, "bools": jnp.bool_}
+  kind = next((name for name, scalar in kinds.items() if jnp.issubdtype(values.dtype, scalar)), str(values.dtype))
+  return f"{kind} {list(jnp.shape(values)[1:])}"
 
 
 class MixedBatches:

@@ -44,7 +44,8 @@ def cifar(path: str | os.PathLike, *, classes: int = 10, validation: int = 0, se
 
   Raises:
     FileNotFoundError: naming the files that are missing.
-    ValueError: a file is truncated or of another format; its expected and seen sizes are named.
+    ValueError: a file is truncated or of another format; its expected and seen sizes are named. An image of zeros with
+      a label of 0 tells a copy that was not finished, and two superclasses of one class a file that is not CIFAR-100.
 
   Reference:
     Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
@@ -186,6 +187,8 @@ def _cifar_file(file: Path, classes: int) -> Arrays:
       f"{size // record} records and {size % record} bytes; truncated or foreign"
     )
   records = np.fromfile(file, np.uint8).reshape(-1, record)
+  if blank := np.flatnonzero(~records.any(axis=1)).tolist():
+    raise ValueError(f"{file}: {len(blank)} records are all zeros, the first is number {blank[0]}; an unfinished copy")
   images = records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
   # CIFAR-100 has the superclass first and the class last.
   labels = {"label": (num_labels - 1, classes)} | ({"coarse_label": (0, 20)} if classes == 100 else {})
@@ -194,7 +197,18 @@ def _cifar_file(file: Path, classes: int) -> Arrays:
     arrays[name] = records[:, column].astype(np.int32)
     if arrays[name].max() >= limit:
       raise ValueError(f"{file}: {name} up to {arrays[name].max()}, expected below {limit}; not a CIFAR-{classes} file")
+  if classes == 100:
+    _check_superclasses(file, arrays["label"], arrays["coarse_label"])
   return arrays
+
+
+def _check_superclasses(file: Path, fine: np.ndarray, coarse: np.ndarray) -> None:
+  found = np.unique(np.stack([fine, coarse]), axis=1)
+  names, counts = np.unique(found[0], return_counts=True)
+  if (counts > 1).any():
+    name = names[counts > 1][0]
+    several = found[1][found[0] == name].tolist()
+    raise ValueError(f"{file}: label {name} has the coarse labels {several}, expected one; not a CIFAR-100 file")
 
 
 def _joined(parts: list[Arrays]) -> Arrays:

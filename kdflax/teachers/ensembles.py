@@ -8,7 +8,8 @@ read each other (online ensembles) are welcome.
 Teachers of different widths need nothing here; their features meet the student's through connectors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 from kdflax.models import Model
 
 Weights = Sequence[float] | Callable[[jax.Array], jax.Array]  # the weights, or the weights at a step
+Temperature = float | Callable[[jax.Array], jax.Array] | str  # the number, the number at a step, or where it is found
 Combine = Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -40,7 +42,7 @@ def average_logits(paths: Sequence[str], *, weights: Weights | None = None) -> M
     ValueError: if a weight is negative or their number is wrong, or (when run) the logits differ in shape.
   """
 
-  def combine(logits, shares):
+  def combine(logits, shares, _):
     known = logits > -jnp.inf
     share = jnp.where(known, _along(shares, logits), 0)
     total = share.sum(0)
@@ -50,7 +52,9 @@ def average_logits(paths: Sequence[str], *, weights: Weights | None = None) -> M
   return _ensemble(paths, combine, weights)
 
 
-def average_probabilities(paths: Sequence[str], *, temperature: float = 1.0, weights: Weights | None = None) -> Model:
+def average_probabilities(
+  paths: Sequence[str], *, temperature: Temperature = 1.0, weights: Weights | None = None
+) -> Model:
   """Average the teachers' probabilities: a mixture, which is as unsure as its teachers disagree.
 
   Computed from log-probabilities, so that what is unlikely for all teachers keeps its digits.
@@ -60,7 +64,7 @@ def average_probabilities(paths: Sequence[str], *, temperature: float = 1.0, wei
   Args:
     paths: context paths of the teachers' logits [batch, ..., classes]; a class at -inf has probability 0.
     temperature: T > 0 of the Term that reads `logits`; at another temperature the mixture is not that of the softened
-      probabilities.
+      probabilities. As in the Term a number, a schedule, or a context path (of a learned temperature).
     weights: as for `average_logits`.
 
   Returns:
@@ -69,11 +73,10 @@ def average_probabilities(paths: Sequence[str], *, temperature: float = 1.0, wei
   Raises:
     ValueError: as `average_logits`, or if the temperature is not positive.
   """
-  _check_temperature(temperature)
-  return _ensemble(paths, lambda logits, shares: (_mixture(logits, shares, temperature), shares), weights)
+  return _ensemble(paths, _as_mixture, weights, temperature)
 
 
-def confidence_weighted(paths: Sequence[str], *, labels: str = "batch.label", temperature: float = 1.0) -> Model:
+def confidence_weighted(paths: Sequence[str], *, labels: str = "batch.label", temperature: Temperature = 1.0) -> Model:
   """Average the teachers' probabilities, each example trusting the teachers that are right about it.
 
   With c_k the cross-entropy of teacher k with the label of the example:
@@ -92,8 +95,8 @@ def confidence_weighted(paths: Sequence[str], *, labels: str = "batch.label", te
     temperature: as for `average_probabilities`; the cross-entropies are taken at temperature 1.
 
   Returns:
-    As `average_probabilities`. For the paper's feature loss multiply the loss of each teacher by its column of
-    `weights`.
+    As `average_probabilities`. The weights of the paper's feature loss have the same formula over other logits, those
+    of the teachers' classifiers on the student's features, which `models.reused_head` returns.
 
   Raises:
     ValueError: if there is one teacher only, the temperature is not positive, or (when run) the shapes do not fit.
@@ -101,11 +104,10 @@ def confidence_weighted(paths: Sequence[str], *, labels: str = "batch.label", te
   Reference: Hailin Zhang, Defang Chen and Can Wang, Confidence-Aware Multi-Teacher Knowledge Distillation, 2022,
   arXiv 2201.00007. Their code averages the feature loss over the teachers as well, a factor 1 / K.
   """
-  _check_temperature(temperature)
   if len(paths) < 2:
     raise ValueError(f"confidence_weighted compares teachers, so it needs two or more; got {list(paths)}.")
 
-  def combine(logits, shares, label):
+  def combine(logits, shares, temperature, label):
     if label.shape != logits.shape[1:-1] or label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
       raise ValueError(
         f"{labels!r} must be integers [batch] for logits [batch, classes];"
@@ -119,7 +121,7 @@ def confidence_weighted(paths: Sequence[str], *, labels: str = "batch.label", te
     shares = jnp.where(labelled[:, None], confidence.T, shares)
     return _mixture(logits, shares, temperature), shares
 
-  return _ensemble(paths, combine, None, extra=labels)
+  return _ensemble(paths, combine, None, temperature, labels=labels)
 
 
 def random_teacher(paths: Sequence[str], *, per: str = "example", weights: Weights | None = None) -> Model:
@@ -144,9 +146,9 @@ def random_teacher(paths: Sequence[str], *, per: str = "example", weights: Weigh
   if per not in ("example", "batch"):
     raise ValueError(f"per must be 'example' or 'batch'; got {per!r}.")
 
-  def combine(logits, shares, *, train, key):
+  def combine(logits, shares, temperature, *, train, key):
     if not train:
-      return _mixture(logits, shares, 1.0), shares
+      return _as_mixture(logits, shares, temperature)
     if key is None:
       raise ValueError("random_teacher draws a teacher; apply(train=True) needs a key.")
     batch = logits.shape[1]
@@ -196,7 +198,7 @@ def subset_teachers(
   classes: Sequence[Sequence[int]],
   num_classes: int,
   *,
-  temperature: float = 1.0,
+  temperature: Temperature = 1.0,
   weights: Weights | None = None,
   overlap: bool = False,
 ) -> Model:
@@ -223,7 +225,6 @@ def subset_teachers(
     ValueError: if a class is out of range, named twice for one teacher, known to several without `overlap`, or known to
       none, and as `average_probabilities`.
   """
-  _check_temperature(temperature)
   if len(classes) != len(paths):
     raise ValueError(f"give the classes of every teacher: {len(paths)} paths, {len(classes)} lists of classes.")
   maps = [_checked_classes(path, own, num_classes) for path, own in zip(paths, classes, strict=True)]
@@ -238,30 +239,37 @@ def subset_teachers(
   def place(*logits):
     return [_placed(*given, num_classes) for given in zip(paths, logits, maps, strict=True)]
 
-  return _ensemble(paths, lambda z, shares: (_mixture(z, shares, temperature), shares), weights, place=place)
+  return _ensemble(paths, _as_mixture, weights, temperature, place=place)
 
 
-def _ensemble(paths, combine: Combine, weights, *, extra: str | None = None, random=False, place=None) -> Model:
+def _ensemble(
+  paths, combine: Combine, weights, temperature: Temperature = 1.0, *, labels=None, random=False, place=None
+) -> Model:
   """A model that stacks logits to [teachers, batch, ..., classes] and combines them by weights [batch, teachers]."""
   paths = tuple(paths)
   if not paths:
     raise ValueError("an ensemble needs at least one path of logits.")
+  if isinstance(temperature, int | float) and not temperature > 0:
+    raise ValueError(f"temperature must be positive; got {temperature}.")
   given = () if callable(weights) else _checked_weights(paths, weights)
-  others = (*([extra] if extra else []), *(["step"] if callable(weights) else []))
+  others = {"labels": labels, "temperature": temperature if isinstance(temperature, str) else None}
+  others |= {"step": "step" if callable(weights) or callable(temperature) else None}
+  others = {name: path for name, path in others.items() if path is not None}
 
   def apply(params, state, inputs, *, train, key=None):
     del params
-    logits, rest = list(inputs[: len(paths)]), list(inputs[len(paths) :])
-    share = jnp.asarray(weights(rest.pop()) if callable(weights) else given)
+    logits, read = inputs[: len(paths)], dict(zip(others, inputs[len(paths) :], strict=True))
+    share = jnp.asarray(weights(read["step"]) if callable(weights) else given)
+    divisor = temperature(read["step"]) if callable(temperature) else read.get("temperature", temperature)
     stacked = _stack(paths, logits if place is None else place(*logits))
     if share.shape != (len(paths),):
       raise ValueError(f"weights must be one number for each of {list(paths)}; got shape {list(share.shape)}.")
     shares = jnp.broadcast_to(_shares(share).astype(stacked.dtype), (stacked.shape[1], len(paths)))
     options = {"train": train, "key": key} if random else {}
-    combined, shares = combine(stacked, shares, *rest, **options)
+    combined, shares = combine(stacked, shares, divisor, *([read["labels"]] if labels else []), **options)
     return {"logits": combined, "weights": shares}, state
 
-  return Model(_no_variables, apply, (*paths, *others))
+  return Model(_no_variables, apply, (*paths, *others.values()))
 
 
 def _shares(weights: jax.Array) -> jax.Array:
@@ -275,7 +283,11 @@ def _no_variables(key, example):
   return {}, {}
 
 
-def _mixture(logits: jax.Array, shares: jax.Array, temperature: float) -> jax.Array:
+def _as_mixture(logits: jax.Array, shares: jax.Array, temperature: Any) -> tuple[jax.Array, jax.Array]:
+  return _mixture(logits, shares, temperature), shares
+
+
+def _mixture(logits: jax.Array, shares: jax.Array, temperature: Any) -> jax.Array:
   """`T log sum_k w_k softmax(z_k / T)`, with finite derivatives where a probability or a weight is 0."""
   log_probs = jax.nn.log_softmax(logits / temperature)
   share = _along(shares, logits)
@@ -307,9 +319,11 @@ def _placed(path: str, logits: jax.Array, classes: np.ndarray, num_classes: int)
 
 
 def _checked_classes(path: str, classes: Sequence[int], num_classes: int) -> np.ndarray:
-  found = np.asarray(tuple(classes))
+  found = np.asarray(() if isinstance(classes, Mapping) else tuple(classes))  # of a mapping it would take the keys
   if found.ndim != 1 or not found.size or not np.issubdtype(found.dtype, np.integer):
-    raise ValueError(f"the classes of {path!r} must be integers, one for each of its logits; got {classes!r}.")
+    raise ValueError(
+      f"the classes of {path!r} must be a sequence of integers, one for each of its logits; got {classes!r}."
+    )
   outside = found[(found < 0) | (found >= num_classes)].tolist()
   values, counts = np.unique(found, return_counts=True)
   if outside:
@@ -324,8 +338,3 @@ def _checked_weights(paths: Sequence[str], weights: Sequence[float] | None) -> n
   if given.shape != (len(paths),) or not (np.isfinite(given) & (given >= 0)).all() or not given.any():
     raise ValueError(f"weights must be one number >= 0 for each of {list(paths)}, not all 0; got {weights}.")
   return (given / given.sum()).astype(np.float64)
-
-
-def _check_temperature(temperature: float) -> None:
-  if not temperature > 0:
-    raise ValueError(f"temperature must be positive; got {temperature}.")

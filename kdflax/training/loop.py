@@ -35,8 +35,8 @@ def fit(
 ) -> PyTree:
   """Trains to a step, from the newest checkpoint if there is one, to the same bits as without interruption.
 
-  A checkpoint holds the state, the metrics summed since the last log row, the position of the data and the length of
-  the log, so that a run that was killed anywhere continues as if it had not been.
+  A checkpoint holds the state, the metrics summed since the last log row, the position of the data and the number of
+  rows in the log, so that a run that was killed anywhere continues as if it had not been.
 
   Args:
     step: `(state, batch) -> (state, metrics)`; the state given is not used again (donate it).
@@ -81,18 +81,19 @@ def fit(
     window = jax.device_get(restored.arrays["window"])  # on the host it adds to metrics on any devices
     if done >= num_steps:
       if log is not None:
-        log.passed(restored.extra["log"])
+        log.passed(phase, restored.extra["rows"])
       return state
     if hasattr(batches, "set_state"):
       batches.set_state(restored.extra["data"])
     batch = next(batches)
   if log is not None:
-    log.rewind(restored.extra["log"] if restored else None)
+    log.rewind(phase, restored.extra["rows"] if restored else None)
 
   def save(scores: dict[str, Any] | None) -> None:
     if checkpoints is not None:
       position = batches.get_state() if hasattr(batches, "get_state") else None
-      extra = {"data": position, "log": log.offset() if log is not None else 0, "bound": dict(bound or {})}
+      rows = log.rows(phase) if log is not None else 0
+      extra = {"data": position, "rows": rows, "bound": dict(bound or {})}
       scores = None if scores is None else {name: float(np.mean(score)) for name, score in scores.items()}
       checkpoints.save(done, {"state": state, "window": window}, extra, scores)
 
@@ -122,7 +123,7 @@ def fit(
   if not ended:
     raise Preempted(f"{phase} stopped at step {done} of {num_steps}; the same command continues it")
   if log is not None:
-    log.passed(log.offset())
+    log.passed(phase, log.rows(phase))
   return state
 
 

@@ -1,14 +1,16 @@
 """A run directory: locked against a second writer, bound to one configuration, with a log that can be rewound."""
 
+import collections
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 PREEMPTED = 75  # exit code of a run that was told to stop and can continue: EX_TEMPFAIL of sysexits.h
@@ -88,41 +90,64 @@ class RunDirectory:
 
 
 class MetricsLog:
-  """`metrics.jsonl`: one JSON object a line, on disk before a checkpoint that counts on it; a context manager."""
+  """`metrics.jsonl`: one JSON object a line, on disk before a checkpoint that counts on it; a context manager.
+
+  Rows are counted by their `phase`, so that one which starts again leaves those of the others alone.
+  """
 
   def __init__(self, path: str | pathlib.Path):
-    self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
-    self._mark = 0
+    """Opens the file; a last line that was not finished belongs to no checkpoint, and is dropped."""
+    self._path = pathlib.Path(path)
+    self._complete: dict[str, int] = {}  # rows of the trainings of a phase that have come to their end
+    self._keep(lambda phase: True)
 
   def append(self, row: Mapping[str, Any]) -> None:
     """Adds a row."""
     self._file.write(json.dumps(row).encode() + b"\n")
+    phase = row.get("phase", "")
+    self._rows[phase] = self._rows.get(phase, 0) + 1
 
-  def offset(self) -> int:
-    """Puts all rows on disk and returns the length of the file in bytes."""
+  def rows(self, phase: str) -> int:
+    """Puts all rows on disk and returns how many are of a phase."""
     self._file.flush()
     os.fsync(self._file.fileno())
-    return self._file.tell()
+    return self._rows.get(phase, 0)
 
-  def passed(self, offset: int) -> None:
-    """Notes that rows up to here belong to a phase that is complete."""
-    self._mark = offset
+  def passed(self, phase: str, rows: int) -> None:
+    """Notes that so many rows of a phase belong to a training that is complete."""
+    self._complete[phase] = rows
 
-  def rewind(self, offset: int | None = None) -> None:
-    """Drops the rows after an offset, or after the last complete phase: their steps will be done again.
+  def rewind(self, phase: str, rows: int | None = None) -> None:
+    """Drops the rows of a phase after the first ones, or after those of complete trainings: they will be made again.
 
     Raises:
-      ValueError: if rows before the offset are gone.
+      ValueError: if some of the first ones are gone.
     """
-    self._file.flush()
-    offset, size = self._mark if offset is None else offset, os.fstat(self._file.fileno()).st_size
-    if offset > size:
+    rows = self._complete.get(phase, 0) if rows is None else rows
+    if rows > (found := self.rows(phase)):
       raise ValueError(
-        f"{self._file.name} has {size} bytes, a checkpoint counts on {offset}; rows are lost, so put the file back or"
-        " delete the checkpoints of this phase"
+        f"{self._path} has {found} rows of {phase!r}, a checkpoint counts on {rows}; rows are lost, so put the file"
+        " back or delete the checkpoints of this phase"
       )
-    self._file.truncate(offset)
-    self._file.seek(0, os.SEEK_END)
+    if rows < found:
+      self._file.close()
+      first = itertools.count()
+      self._keep(lambda name: name != phase or next(first) < rows)
+
+  def _keep(self, wanted: Callable[[str], bool]) -> None:
+    """Writes the file again, with the rows of the phases that are wanted, and opens it."""
+    before = self._path.read_bytes() if self._path.exists() else b""
+    lines = [line for line in before.splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+      phases = [json.loads(line).get("phase", "") for line in lines]
+    except ValueError as error:
+      raise ValueError(f"{self._path} is damaged ({error}); put it back, or delete it and the checkpoints") from error
+    kept = [(line, phase) for line, phase in zip(lines, phases, strict=True) if wanted(phase)]
+    content = b"".join(line for line, _ in kept)
+    if content != before or not self._path.exists():
+      write_atomically(self._path, content)
+    self._rows = dict(collections.Counter(phase for _, phase in kept))
+    self._file = open(self._path, "ab")  # noqa: SIM115 (closed by close)
 
   def close(self) -> None:
     """Closes the file."""

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from kdflax import balancing
-from kdflax.objectives import AxisName, Metrics, Term, evaluate, is_stopped
+from kdflax.objectives import AxisName, Metrics, Term, evaluate, is_stopped, is_watched
 from kdflax.training.evaluation import Variables, paths_of, read
 from kdflax.training.mesh import replicated
 from kdflax.training.state import TrainState, named_key
@@ -82,7 +82,8 @@ def learner(
       absent, as one without examples is: its Terms give no gradient, and the params stay finite if all that a model
       computes is. Without a balancer it spoils the params, and the loss in the log says so.
     rows: names of the terms that are added before the balancer sees them, by name of the row; by default each term is a
-      row.
+      row. A term whose weight is the number 0 is only watched and needs none. A row is absent at a step where all its
+      weights are 0, as a schedule may say.
     shared: regular expression searched in paths such as `student/encoder/kernel`: params whose gradients the balancer
       weighs row by row. All by default.
     weigh_own: whether params that are not shared get the balancer's weights (True) or the plain sum of the rows. A
@@ -102,8 +103,8 @@ def learner(
     ValueError: if a row names an unknown term or leaves one out, an average follows a model that is unknown or not
       trained or its decay is not in [0, 1], a penalty has the name of a term or a negative weight, `batch_size` < 1, or
       (at trace time) a context path does not exist, arrays do not fit a loss, a penalty is no scalar, a frozen or
-      averaged model reads a trained one, an average is of another shape than what it follows, or a step is given other
-      frozen models than `init` was.
+      averaged model reads a trained one, nothing trains a model that is not frozen, an average is of another shape than
+      what it follows, or a step is given other frozen models than `init` was.
   """
   averages = _checked_averages(averages, models)
   penalties = _checked_penalties(penalties, terms)
@@ -145,6 +146,8 @@ def learner(
       if shape:
         raise ValueError(f"penalty {name!r} must return a scalar, it has shape {shape}; sum over it")
     balancer_state = init_balancer(balancer, len(rows), partition(params, shared)[0])
+    if not penalties:
+      _check_models_learn(models, terms, [name for name in params if jax.tree.leaves(params[name])])
     average_params = {name: params[average.source] for name, average in averages.items()}
     state = TrainState(jnp.int32(0), params, states, optimizer.init(params), balancer_state, average_params, key)
     return jax.tree.map(jnp.copy, state)  # a step donates it: no buffer may be in it twice, nor be the caller's
@@ -173,7 +176,8 @@ def learner(
     params_order = [name for name in models if name in state.params]
     shared_params, own_params = partition(state.params, shared)
     losses, pullback, (states, metrics) = jax.vjp(objective, shared_params, own_params, has_aux=True)
-    present = jnp.stack([sum(metrics[term][1] for term in row) > 0 for row in rows.values()])
+    counts = {name: jnp.where(_at(term.weight, state.step) > 0, metrics[name][1], 0) for name, term in terms.items()}
+    present = jnp.stack([sum(counts[term] for term in row) > 0 for row in rows.values()])
     gradient, balancer_state, weights = balance(
       balancer,
       losses,
@@ -213,7 +217,7 @@ def _mean_if_inexact(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
 def _check_reads(models: "Mapping[str, Model]", outside: Sequence[str]) -> None:
   """Refuses a model that runs before the trained ones, outside the gradient, and reads one of them."""
   for name in outside:
-    trained = [p for p in paths_of(models[name]) if p.split(".")[0] in models and p.split(".")[0] not in outside]
+    trained = [p for p in paths_of(models[name]) if _model(p) in models and _model(p) not in outside]
     if trained:
       raise ValueError(
         f"{name!r} is frozen or an average, so it runs first and outside the gradient, but it reads {trained} of a"
@@ -243,19 +247,35 @@ def _check_same_shapes(name: str, follower: Any, source: str, variables: Any) ->
 
 
 def _check_terms_train(terms: Mapping[str, Term], trained: set[str]) -> None:
-  """Refuses a Term that reads trained models and stops the gradient to all of them: it would train nothing, silently.
-
-  A Term of weight 0 is only watched.
-  """
+  """Refuses a Term that stops the gradient to all it reads of trained models: it would train nothing, silently."""
   for name, term in terms.items():
-    if isinstance(term.weight, int | float) and term.weight == 0:
-      continue
-    read = [p for p in term.inputs.values() if isinstance(p, str) and p.split(".")[0] in trained]
-    if read and all(is_stopped(term, path) for path in read):
+    read = [path for path in _paths(term) if _model(path) in trained]
+    if not is_watched(term) and read and all(is_stopped(term, path) for path in read):
       raise ValueError(
         f"term {name!r} trains nothing: it stops the gradient to {term.stop_gradient}, which is all it reads of trained"
         f" models ({read}); give it stop_gradient=()"
       )
+
+
+def _check_models_learn(models: "Mapping[str, Model]", terms: Mapping[str, Term], trained: Sequence[str]) -> None:
+  """Refuses a model that no Term sends a gradient to, as a teacher that was forgotten among the frozen ones."""
+  weighed = [term for term in terms.values() if not is_watched(term)]
+  reached = {_model(path) for term in weighed for path in _paths(term) if not is_stopped(term, path)}
+  for name in reversed(list(models)):  # each reads the ones before it
+    reached |= {_model(path) for path in paths_of(models[name])} if name in reached else set()
+  idle = [name for name in trained if name not in reached]
+  if idle:
+    raise ValueError(
+      f"no term trains {idle}; give init and step what is not to be trained as frozen, {{{idle[0]!r}: (params, state)}}"
+    )
+
+
+def _paths(term: Term) -> list[str]:
+  return [source for source in term.inputs.values() if isinstance(source, str)]
+
+
+def _model(path: str) -> str:
+  return path.split(".")[0]
 
 
 def _penalize(params, penalties, step) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -287,10 +307,11 @@ def _checked_penalties(penalties, terms) -> dict[str, Penalty]:
 
 
 def _checked_rows(rows, terms) -> dict[str, tuple[str, ...]]:
+  weighed = [name for name, term in terms.items() if not is_watched(term)]
   if rows is None:
-    return {name: (name,) for name in terms}
+    return {name: (name,) for name in weighed}
   named = [term for row in rows.values() for term in row]
-  if sorted(named) != sorted(terms):
+  if sorted(named) != sorted({*named, *weighed}) or not set(named) <= set(terms):
     raise ValueError(f"rows must name every term once; rows have {sorted(named)}, terms are {sorted(terms)}")
   return {name: tuple(row) for name, row in rows.items()}
 
@@ -299,7 +320,7 @@ def _zeros(like: Any) -> jax.Array:
   return jnp.zeros(like.shape, jax.dtypes.canonicalize_dtype(like.dtype))  # NumPy's int64 labels become int32
 
 
-def _at(value: float | optax.Schedule, step: jax.Array) -> Any:
+def _at(value: float | jax.Array | optax.Schedule, step: jax.Array) -> Any:
   return value(step) if callable(value) else value
 
 

@@ -274,14 +274,26 @@ def test_a_mixed_batch_holds_the_rows_of_both_and_says_which_are_labelled():
   np.testing.assert_array_equal(both["image"], np.concatenate([labelled["image"], unlabelled["image"]]))
 
 
+def test_labels_outside_a_budget_stay_outside_when_mixed():
+  labelled, unlabelled = _arrays(3) | {"labelled": np.array([True, False, True])}, _arrays(2)
+  both = mix(labelled, unlabelled)
+  assert both["labelled"].tolist() == [True, False, True, False, False]
+  assert mix(both, unlabelled)["labelled"].tolist() == [True, False, True] + 4 * [False]
+  assert mix(unlabelled, labelled)["labelled"].tolist() == [True, True] + 3 * [False]
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda b: b.pop("label"), r"label.left: \(\) labelled, absent unlabelled\n  label.right: \(\) labelled, absent"),
-    (lambda b: b["label"].update(up=np.zeros(23)), r"label.up: absent labelled, \(\) unlabelled$"),
-    (lambda b: b.update(image=b["image"][:, :3]), r"image: \(4, 4, 1\) labelled, \(3, 4, 1\) unlabelled$"),
+    (lambda b: b.pop("label"), r"label.left: integers \[\] labelled, absent unlabelled\n  label.right: "),
+    (lambda b: b["label"].update(up=np.zeros(23)), r"label.up: absent labelled, floats \[\] unlabelled$"),
+    (lambda b: b.update(image=b["image"][:, :3]), r"image: \w+ \[4, 4, 1\] labelled, \w+ \[3, 4, 1\] unlabelled$"),
+    (
+      lambda b: b.update(image=np.zeros((23, 4, 4, 1), np.uint8)),
+      r"image: floats .* labelled, integers .* unlabelled$",
+    ),
   ],
-  ids=["no labels", "more labels", "shape"],
+  ids=["no labels", "more labels", "shape", "kind"],
 )
 def test_batches_that_do_not_mix_are_told_apart_by_name(change, message):
   other = _arrays()

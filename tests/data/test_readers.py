@@ -90,6 +90,24 @@ def test_foreign_cifar_files_are_refused(tmp_path):
     cifar(tmp_path, classes=100)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_copy_that_was_not_finished_is_refused(tmp_path, whole):
+  written = _write_cifar(tmp_path, CIFAR10_FILES, 10)
+  pixels, labels = written["data_batch_2.bin"]
+  good = b"" if whole else _cifar_bytes([(label,) for label in labels], pixels)
+  (tmp_path / "data_batch_2.bin").write_bytes(good + bytes(3 * 3073))
+  first = 0 if whole else 4
+  with pytest.raises(ValueError, match=rf"data_batch_2\.bin: 3 records are all zeros, the first is number {first}"):
+    cifar(tmp_path)
+
+
+def test_a_class_of_two_superclasses_is_refused(tmp_path):
+  written = _write_cifar(tmp_path, ["train.bin", "test.bin"], 100)
+  (tmp_path / "train.bin").write_bytes(_cifar_bytes([(3, 7), (4, 7)], written["train.bin"][0][:2]))
+  with pytest.raises(ValueError, match=r"train\.bin: label 7 has the coarse labels \[3, 4\], expected one"):
+    cifar(tmp_path, classes=100)
+
+
 def test_missing_cifar_files_are_named(tmp_path):
   _write_cifar(tmp_path, CIFAR10_FILES[:4], 10)
   with pytest.raises(FileNotFoundError, match=r"no data_batch_5\.bin, test_batch\.bin; expected the binary version"):

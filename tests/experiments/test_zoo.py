@@ -69,6 +69,8 @@ def test_tuning_keeps_the_best_weight_of_the_validation_split(tmp_path):
     assert scores[f"{tuned[name]['weight']:g}"] == max(scores.values())
   assert zoo.weight_of(config, "reverse_kl") == (tuned["reverse_kl"]["weight"], "tuned")
   assert zoo.weight_of(config, "crd") == (tuned["crd"]["weight"], "tuned, 0.8 published")
+  longer = dataclasses.replace(config, student_steps=5)
+  assert zoo.weight_of(longer, "crd")[1] == "tuned on convnet-4-6 to convnet-2-3, 4 steps, 0.8 published"
   assert zoo.weight_of(config, "dkd") == (1.0, "published") and zoo.weight_of(config, "nkd") == (1.0, "untuned")
 
 

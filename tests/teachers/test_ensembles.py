@@ -58,6 +58,26 @@ def test_average_probabilities_is_the_mixture_at_its_temperature(temperature):
   _close(softmax(outputs["logits"] / temperature, axis=-1), mixture)
 
 
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda temperature: teachers.average_probabilities(PATHS, temperature=temperature),
+    lambda temperature: teachers.confidence_weighted(PATHS, temperature=temperature),
+    lambda temperature: teachers.subset_teachers(
+      PATHS, [range(4), range(4, 8), range(8, 12)], 12, temperature=temperature
+    ),
+  ],
+)
+def test_a_temperature_may_follow_a_schedule_or_be_learned(make):
+  labels = [LABELS] if "batch.label" in make(1.0).inputs else []
+  expected = _run(make(2.5), *LOGITS, *labels)
+  scheduled, learned = make(lambda step: 0.5 + step), make("curriculum.temperature")
+  assert scheduled.inputs == (*make(1.0).inputs, "step")
+  assert learned.inputs == (*make(1.0).inputs, "curriculum.temperature")
+  for model, value in ((scheduled, 2), (learned, 2.5)):
+    jax.tree.map(_close, _run(model, *LOGITS, *labels, value), expected)
+
+
 def test_what_all_teachers_find_unlikely_keeps_its_digits():
   logits = np.array([[[0.0, -800.0]], [[0.0, -801.0]]])
   outputs = _run(teachers.average_probabilities(PATHS[:2]), *logits)
@@ -160,7 +180,8 @@ def test_gradients_are_finite_where_a_class_is_impossible(make):
     (lambda: teachers.label_map("a.logits", [0, 6], 6), r"\[6\] of 'a.logits' are not among .* 0 to 5"),
     (lambda: teachers.label_map("a.logits", [0, -1], 6), r"\[-1\] of 'a.logits' are not among"),
     (lambda: teachers.label_map("a.logits", [3, 1, 3], 6), r"two of its classes to the same one: \[3\]"),
-    (lambda: teachers.label_map("a.logits", [], 6), "must be integers"),
+    (lambda: teachers.label_map("a.logits", [], 6), "must be a sequence of integers"),
+    (lambda: teachers.label_map("a.logits", {0: 2, 1: 3}, 6), r"must be a sequence .* got \{0: 2, 1: 3\}"),
     (
       lambda: teachers.subset_teachers(PATHS[:2], [[0, 1], [1, 2]], 3),
       r"know the classes \[1\] \(1: \['a.logits', 'b.logits'\]\)",

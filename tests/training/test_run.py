@@ -138,34 +138,55 @@ def _rows(path):
   return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_a_log_is_rewound_to_a_checkpoint_or_to_the_last_complete_phase(tmp_path):
+def test_a_log_is_rewound_to_a_checkpoint_or_to_the_last_complete_training(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  log = MetricsLog(path)
-  for step in (1, 2):
-    log.append({"step": step})
-  at_two = log.offset()
-  log.append({"step": 3})
-  log.close()
-  log = MetricsLog(path)
-  log.rewind(at_two)
-  log.append({"step": 4})
-  assert log.offset() > at_two
-  log.passed(log.offset())
-  log.append({"step": 5})
-  log.rewind()
-  log.append({"step": 6})
-  log.close()
+  with MetricsLog(path) as log:
+    for step in (1, 2):
+      log.append({"phase": "a", "step": step})
+    assert log.rows("a") == 2
+    log.append({"phase": "a", "step": 3})
+  with MetricsLog(path) as log:
+    log.rewind("a", 2)
+    log.append({"phase": "a", "step": 4})
+    assert log.rows("a") == 3
+    log.passed("a", 3)
+    log.append({"phase": "a", "step": 5})
+    log.rewind("a")
+    log.append({"phase": "a", "step": 6})
   assert _rows(path) == [1, 2, 4, 6]
 
 
-def test_a_log_that_lost_rows_is_not_filled_with_zeros(tmp_path):
-  log = MetricsLog(tmp_path / "metrics.jsonl")
-  log.append({"step": 1})
-  end = log.offset()
-  with pytest.raises(ValueError, match=rf"metrics.jsonl has {end} bytes.*counts on {end + 5}"):
-    log.rewind(end + 5)
-  log.close()
-  assert _rows(tmp_path / "metrics.jsonl") == [1]
+def test_rows_of_other_phases_stay_when_one_starts_again(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  with MetricsLog(path) as log:
+    for phase, step in (("a", 1), ("b", 2), ("a", 3), ("c", 4)):
+      log.append({"phase": phase, "step": step})
+  with MetricsLog(path) as log:
+    log.rewind("a")
+    log.append({"phase": "a", "step": 5})
+    log.rewind("c", 1)
+  assert _rows(path) == [2, 4, 5]
+
+
+def test_a_row_that_was_not_finished_is_dropped(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"phase": "a", "step": 1}\n{"phase": "a", "st')
+  with MetricsLog(path) as log:
+    assert log.rows("a") == 1
+    log.append({"phase": "a", "step": 2})
+  assert _rows(path) == [1, 2]
+
+
+def test_a_log_that_lost_rows_is_not_made_up(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  with MetricsLog(path) as log:
+    log.append({"phase": "a", "step": 1})
+    with pytest.raises(ValueError, match=r"metrics.jsonl has 1 rows of 'a', a checkpoint counts on 6; rows are lost"):
+      log.rewind("a", 6)
+  assert _rows(path) == [1]
+  path.write_bytes(b"no row\n")
+  with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+    MetricsLog(path)
 
 
 def test_sigterm_sets_the_event_and_the_handler_comes_back():

@@ -1,5 +1,6 @@
 """The training step is the one that a reader would write by hand, whatever surrounds it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -297,9 +298,10 @@ def test_what_runs_first_reads_nothing_trained(frozen, how):
 
 def test_a_step_wants_the_frozen_models_of_init(frozen):
   """Otherwise a fresh copy would be trained under the teacher's name, and the teacher ignored."""
-  learner = _learner()
+  mutual = training.learner(NETWORK, TERMS | {"soft": dataclasses.replace(SOFT, stop_gradient=())}, optax.sgd(RATE))
   with pytest.raises(ValueError, match=r"\['teacher'\] are given as frozen, but this state trains them"):
-    jax.eval_shape(learner.step, learner.init(jax.random.key(0), _batch()), _batch(), frozen)
+    jax.eval_shape(mutual.step, mutual.init(jax.random.key(0), _batch()), _batch(), frozen)
+  learner = _learner()
   with pytest.raises(ValueError, match=r"\['teacher'\] are neither in this state nor given as frozen"):
     jax.eval_shape(learner.step, _init(learner, frozen), _batch())
 
@@ -338,6 +340,43 @@ def test_a_loss_that_is_not_finite_is_that_of_an_absent_task(name, weigh_own, fi
   jax.tree.map(np.testing.assert_array_equal, spoilt.params["line"], state.params["line"])
   _assert_close(spoilt.balancer_state, expected.balancer_state)
   assert not np.allclose(*(s.params["line"]["linear"]["kernel"] for s in (good, state)))
+
+
+@pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.parametrize("weight", [0.0, optax.piecewise_constant_schedule(1.0, {1: 0.0})])
+def test_a_term_of_weight_0_is_no_task_of_a_balancer(name, weight):
+  """Only watched, or switched off by its schedule: the update is that of an objective without it."""
+  network, count = {"student": models.mlp((4,), CLASSES)}, training.metrics.accuracy
+  terms = {"hard": HARD, "small": Term(lambda x: jnp.square(x).mean(-1), {"x": "student.embedding"})}
+  watch = Term(lambda logits, labels: jnp.float32(count(logits, labels)) + logits[:, 0], HARD.inputs, weight)
+  updated = []
+  for objective in (terms, terms | {"watch": watch}):
+    learner = training.learner(network, objective, optax.sgd(RATE), balancer=BALANCERS[name])
+    state, step = learner.init(jax.random.key(0), _batch()), jax.jit(learner.step)
+    state, _ = step(state._replace(step=jnp.int32(2)), _batch())
+    updated.append(state.params)
+  _assert_close(updated[1], updated[0], rtol=1e-5)
+
+
+def test_rows_need_not_name_what_is_only_watched():
+  watch = Term(training.metrics.accuracy, HARD.inputs, 0.0)
+  network = {"student": models.mlp((4,), CLASSES)}
+  make = functools.partial(training.learner, network, {"hard": HARD, "watch": watch}, optax.sgd(RATE))
+  for rows in (None, {"all": ("hard",)}, {"all": ("hard", "watch")}):
+    assert len(make(rows=rows, balancer=balancing.fixed(jnp.ones(1))).init(jax.random.key(0), _batch()).params)
+  with pytest.raises(ValueError, match="rows must name every term once"):
+    make(rows={"all": ("watch",)})
+
+
+def test_a_model_that_no_term_trains_is_refused():
+  """As a teacher that was forgotten among the frozen ones: the student would learn from a random network."""
+  network = NETWORK | {"idle": models.linear_connector("student.embedding", 3)}
+  learner = training.learner(NETWORK, TERMS, optax.sgd(RATE))
+  with pytest.raises(ValueError, match=r"no term trains \['teacher'\]; give init and step .* \{'teacher': \(params"):
+    learner.init(jax.random.key(0), _batch())
+  learner = training.learner(network, TERMS, optax.sgd(RATE))
+  with pytest.raises(ValueError, match=r"no term trains \['teacher', 'idle'\]"):
+    learner.init(jax.random.key(0), _batch())
 
 
 def test_without_a_balancer_a_loss_that_is_not_finite_shows():
