@@ -131,16 +131,16 @@ def _enter_or_leave(state: _State, free: jax.Array, finish) -> _State:
   """Take one step of the active-set method of Lawson and Hanson.
 
   The point moves to the minimum over the working set. If that has a negative entry, it stops at the first one to reach
-  zero, which leaves. Otherwise the index of the most negative residual enters, or, when there is none, `finish`
-  decides. An index whose pivot is rounding depends linearly on the working set; its residual is zero and it never
-  enters.
+  zero, which leaves; with a free index, a constraint on the others, the last of them stays. Otherwise the index of the
+  most negative residual enters, or, when there is none, `finish` decides. An index whose pivot is rounding depends
+  linearly on the working set; its residual is zero and it never enters.
   """
   size = state.inside.shape[0]
   small = _tolerance(state.x.dtype, size)
   values = _solution(state.table, state.t)
   target = jnp.where(state.inside, values, 0)
   negative = state.inside & ~free & (target < 0)
-  any_negative = negative.any()
+  any_negative = negative.any() & ((state.inside & ~free).sum() > free.any())
   ratio = jnp.where(negative, state.x / jnp.where(negative, state.x - target, 1), jnp.inf)
   x = jnp.where(any_negative, state.x + jnp.where(negative.any(), ratio.min(), 0) * (target - state.x), target)
   leaving = ratio.argmin()
@@ -255,36 +255,55 @@ def simplex_minimum(
     ratio: the factor of the norm, positive.
 
   Returns:
-    The minimiser x `[T]` and `|J'x|^2`, zero where it is zero to precision.
+    The minimiser x `[T]`, with `linear` up to a factor, and `|J'x|^2`, zero where it is zero to precision.
   """
   size, dtype = cosines.shape[0], cosines.dtype
   eps = float(jnp.finfo(dtype).eps)
+  # From the best corner, and in its units: rows that are much longer or shorter do not share digits with it.
+  cost = -edges if linear is None else jnp.where(edges > 0, (linear + ratio) / jnp.where(edges > 0, edges, 1), jnp.inf)
+  start = cost.argmin()
+  edges = edges / edges[start]
   border = jnp.concatenate([jnp.concatenate([cosines, edges[None]]), jnp.append(-edges, 0)[:, None]], axis=1)
   unit = jnp.zeros(size + 1, dtype).at[size].set(1)
   tilt = jnp.zeros_like(unit) if linear is None else jnp.append(linear, 0)
-  start = edges.argmax()
-  table = jnp.concatenate([border, -unit[:, None], tilt[:, None]], axis=1)
-  table = _exchange(_exchange(table, start), jnp.int32(size))
+  constants = jnp.stack([-unit, tilt], axis=1)
+  table = _exchange(_exchange(jnp.concatenate([border, constants], axis=1), start), jnp.int32(size))
   free = jnp.arange(size + 1) == size
   chosen = jnp.arange(size + 1) == start
 
+  def fresh_columns(state: _State) -> jax.Array:
+    """The constant columns without what many exchanges have rounded: x inside the working set, residuals outside."""
+    found = [
+      _refine(state, border, constant, jnp.where(state.inside, column, 0))
+      for constant, column in zip(constants.T, state.table[:, size + 1 :].T, strict=True)
+    ]
+    x = jnp.where(state.inside[:, None], jnp.stack(found, axis=1), 0)
+    residuals = jnp.matmul(border, x, precision=lax.Precision.HIGHEST) + constants
+    return jnp.where(state.inside[:, None], x, residuals)
+
+  def best_t(columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where `ratio t = |J'x|` for `x = columns @ (1, t)`, -1 if nowhere, and the slope and offset of that in t^2."""
+    # J'x = g + t h, and g, the shortest over the affine hull of the working set, is orthogonal to h, which lies in it.
+    offset, moved = jnp.sum(columns * matvec(cosines, columns), axis=0)
+    slope = ratio**2 - moved
+    root = jnp.sqrt(offset / jnp.where(slope > 0, slope, 1))
+    # With 0 in that hull |J'x| / t is constant: no root, but the bracket knows the side.
+    return jnp.where((slope > 0) & (offset > 64 * eps * jnp.abs(columns[:, 0]).sum() ** 2), root, -1), slope, offset
+
   def next_t(state: _State, optimal: jax.Array) -> _State:
-    columns = jnp.where(state.inside[:size, None], state.table[:size, size + 1 :], 0)
-    products = columns.T @ matvec(cosines, columns)  # of the constant and of the t column
-    a, b, k = products[0, 0], products[0, 1], ratio**2 - products[1, 1]
-    discriminant = jnp.sqrt(jnp.maximum(b**2 + k * a, 0))
-    root = jnp.where((b > 0) & (k > 0), (b + discriminant) / k, a / (discriminant - b))
-    # With 0 in the affine hull of the working set |J'x| / t is constant: no root, but the bracket knows the side.
-    root = jnp.where(a > 64 * eps * jnp.abs(columns[:, 0]).sum() ** 2, root, -1)
-    t = state.t
-    above = (ratio * t) ** 2 > a + 2 * b * t + products[1, 1] * t**2
+    columns = fresh_columns(state)
+    root, slope, offset = best_t(jnp.where(state.inside[:size, None], columns[:size], 0))
+    table, t = state.table.at[:, size + 1 :].set(columns), state.t
+    above = slope * t**2 > offset
     low, high = jnp.where(above, state.low, t), jnp.where(above, t, state.high)
     settled = jnp.abs(root - t) <= 64 * eps * t
     bisected = jnp.where(jnp.isinf(high), 8 * t, jnp.sqrt(jnp.maximum(low, high / 64) * high))
     t = jnp.where(settled | ((root > low) & (root < high)), root, bisected)
     settled |= (high <= low * (1 + 64 * eps)) | (t < eps)
     return jax.tree.map(
-      lambda new, old: jnp.where(optimal, new, old), state._replace(t=t, low=low, high=high, done=settled), state
+      lambda new, old: jnp.where(optimal, new, old),
+      state._replace(table=table, t=t, low=low, high=high, done=settled),
+      state,
     )
 
   finish = None if linear is None else next_t
@@ -292,14 +311,18 @@ def simplex_minimum(
   state = _run(
     table,
     chosen | free,
-    chosen.astype(dtype) / edges.max(),
+    chosen.astype(dtype),
     free,
     (4 if finish is None else 12) * size + 64,
     finish,
     first,
   )
-  x = _refine(state, border, state.t * tilt - unit, _solution(state.table, state.t) * state.inside)
-  x = jnp.where(state.inside, jnp.maximum(x, 0), 0)[:size]
+  columns = jnp.where(state.inside[:size, None], fresh_columns(state)[:size], 0)
+  x = columns[:, 0]
+  if linear is not None:
+    root, *_ = best_t(columns)
+    x = x + jnp.where(root > 0, root, state.t) * columns[:, 1]
+  x = jnp.maximum(x, 0)
   x = x / (edges @ x)
   squared_norm = x @ matvec(cosines, x)
   return x, jnp.where(squared_norm <= _noise(x), 0, squared_norm)

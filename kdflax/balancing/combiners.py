@@ -169,11 +169,16 @@ def db_mtl(*, beta: float = 0.9, beta_sigma: float = 0.0) -> Combiner:
   Returns:
     A Combiner whose state holds a buffer of T gradients.
 
+  Raises:
+    ValueError: beta is known not to be in [0, 1).
+
   Reference:
     Lin et al., Dual-Balancing for Multi-Task Learning, 2023, arXiv:2308.12029. Mean where the authors sum, and the
     running mean is corrected for its start at 0: without that the length grows by 1 / (1 - beta) over the first
     updates.
   """
+  if isinstance(beta, int | float) and not 0 <= beta < 1:
+    raise ValueError(f"db_mtl: beta, the share of a running mean that stays, must be in [0, 1); got {beta}.")
 
   def update(losses, gradients, state, *, key=None, present=None):
     del key
@@ -210,14 +215,19 @@ def moco(
   Returns:
     A Combiner whose state holds a buffer of T gradients.
 
+  Raises:
+    ValueError: beta is known not to be in (0, 1].
+
   Reference:
     Fernando et al., Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent Approach, ICLR 2023.
     LibMTL has a softmax where the paper projects, and multiplies unit gradients by the losses.
   """
+  if isinstance(beta, int | float) and not 0 < beta <= 1:
+    raise ValueError(f"moco: beta, the rate of the running gradients, must be in (0, 1]; got {beta}.")
 
   def init(gradients: PyTree) -> MocoState:
     tasks = num_tasks(gradients)
-    return MocoState(_buffer(gradients), jnp.full(tasks, 1 / tasks))
+    return MocoState(_buffer(gradients), jnp.full(tasks, 1 / tasks, float))
 
   def update(losses, gradients, state, *, key=None, present=None):
     del key
@@ -270,7 +280,7 @@ def excess_mtl(*, learning_rate: float = 0.01) -> Combiner:
   def init(gradients: PyTree) -> ExcessState:
     tasks = num_tasks(gradients)
     squares = jax.tree.map(lambda leaf: jnp.zeros_like(_wide(leaf)), gradients)
-    return ExcessState(squares, jnp.zeros(tasks), jnp.full(tasks, 1 / tasks), jnp.zeros(tasks, bool))
+    return ExcessState(squares, jnp.zeros(tasks), jnp.full(tasks, 1 / tasks, float), jnp.zeros(tasks, bool))
 
   def update(losses, gradients, state, *, key=None, present=None):
     del key

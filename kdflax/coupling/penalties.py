@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -263,6 +263,10 @@ def _rows_in_any_order(leaf: jax.Array) -> jax.Array:
 
 def _task_leaves(task_params: Sequence[Any], projections: Projection | Sequence[Projection] | None):
   """Yields for each leaf the list of its T versions, in float32 or wider."""
+  if isinstance(task_params, Mapping):
+    raise ValueError(
+      f"coupling needs a sequence of tasks' parameters, got a mapping of {list(task_params)}: its values?"
+    )
   tasks = list(task_params)
   if len(tasks) < 2:
     raise ValueError(f"coupling needs a sequence of at least 2 tasks' parameters, got {len(tasks)}.")

@@ -91,7 +91,7 @@ def multitask_improvement(
 ) -> np.ndarray:
   """Improvement over a baseline, averaged over the metrics of a task and then over the tasks: higher is better.
 
-      1/T sum_t 1/M_t sum_m sign_tm (N_tm - B_tm) / B_tm,     sign 1 if higher is better, else -1
+      1/T sum_t 1/M_t sum_m sign_tm (N_tm - B_tm) / |B_tm|,     sign 1 if higher is better, else -1
 
   with N the results and B the baseline. 0.02 is an improvement by 2%. A task counts once, however many metrics it has;
   in `delta_m`, the other number in use, every metric counts once, and the sign is the opposite.
@@ -107,7 +107,8 @@ def multitask_improvement(
   Raises:
     ValueError: if names differ, or an entry of the baseline is 0.
 
-  Reference: Baijiong Lin and Yu Zhang, LibMTL: A Python Library for Multi-Task Learning, 2022, arXiv 2203.14338.
+  Reference: Baijiong Lin and Yu Zhang, LibMTL: A Python Library for Multi-Task Learning, 2022, arXiv 2203.14338. It
+  divides by B, and so calls an improvement on a negative baseline (of R^2, say) a loss.
   """
   changes = _relative_changes(results, baseline, higher_is_better)
   per_task = [sum(change.values()) / len(change) for change in changes.values()]
@@ -117,7 +118,7 @@ def multitask_improvement(
 def delta_m(results: TaskMetrics, baseline: TaskMetrics, *, higher_is_better: Mapping[str, bool]) -> np.ndarray:
   """Relative drop against single-task networks in percent, averaged over all metrics at once: lower is better.
 
-      100 / K sum_tm sign_tm (N_tm - B_tm) / B_tm,     sign -1 if higher is better, else 1
+      100 / K sum_tm sign_tm (N_tm - B_tm) / |B_tm|,     sign -1 if higher is better, else 1
 
   over the K metrics of all tasks, so that a task with more metrics counts more. -2 is an improvement by 2%. See
   `multitask_improvement` for the other number in use.
@@ -153,7 +154,7 @@ def _relative_changes(results, baseline, higher_is_better) -> dict[str, dict[str
     new, old = np.asarray(results[task][metric], np.float64), np.asarray(baseline[task][metric], np.float64)
     if (old == 0).any():
       raise ValueError(f"the baseline of {task!r} has {metric} 0, and nothing is relative to that")
-    changes[task][metric] = (new - old) / old * (1 if higher_is_better[metric] else -1)
+    changes[task][metric] = (new - old) / abs(old) * (1 if higher_is_better[metric] else -1)
   return changes
 
 

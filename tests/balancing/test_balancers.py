@@ -514,3 +514,23 @@ def test_combiners_check_the_number_of_tasks(name):
   state = COMBINERS[name].init(gradients_at(0, 2))
   with pytest.raises(ValueError, match="state is for 2 tasks"):
     COMBINERS[name].update(jnp.ones(3), gradients_at(0), state)
+
+
+@pytest.mark.parametrize("name", ["db_mtl", "moco", "excess_mtl"])
+def test_the_state_of_a_combiner_keeps_its_types(name):
+  """A step that is given its own state must not be compiled again."""
+  combiner = {"db_mtl": balancing.db_mtl, "moco": balancing.moco, "excess_mtl": balancing.excess_mtl}[name]()
+  gradients = {"w": jnp.ones((3, 2))}
+  update = jax.jit(combiner.update)
+  _, state = update(jnp.ones(3), gradients, combiner.init(gradients))
+  update(jnp.ones(3), gradients, state)
+  assert update._cache_size() == 1
+
+
+def test_rates_that_freeze_or_ascend_are_refused():
+  for beta in (1.0, 1.5, -0.1, float("nan")):
+    with pytest.raises(ValueError, match=r"db_mtl: beta.* must be in \[0, 1\)"):
+      balancing.db_mtl(beta=beta)
+  for beta in (0.0, 1.5):
+    with pytest.raises(ValueError, match=r"moco: beta.* must be in \(0, 1\]"):
+      balancing.moco(beta=beta)

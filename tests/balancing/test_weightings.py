@@ -118,6 +118,39 @@ def test_cagrad_reaches_its_dual_bound(tasks):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-4), (np.float64, 1e-9)])
+@pytest.mark.parametrize("tasks", (3, 8, 32))
+def test_cagrad_of_conflicting_tasks_of_any_scale_reaches_its_dual_bound(tasks, dtype, tolerance):
+  """Independent rows that oppose each other, of lengths over four orders: g_w is never 0, so the mean is no answer."""
+  draw = np.random.default_rng(tasks)
+  signs, scales = np.sign(draw.normal(size=(100, tasks, 1))), 10 ** draw.uniform(-2, 2, size=(100, tasks, 1))
+  gradients = scales * (draw.normal(size=(100, tasks, 100)) + 2 * signs * draw.normal(size=(100, 1, 100)))
+  gradients = gradients.astype(np.float32).astype(np.float64)
+  products = gradients @ gradients.mT
+  length = lambda x: np.linalg.norm(x, axis=-1)
+  mean = gradients.mean(1)
+  with float64():
+    weigh = jax.jit(jax.vmap(lambda g, c: balancing.cagrad(g, c=c), (0, None)))
+    for c in (0.2, 0.5):
+      weights, exact = (np.asarray(weigh(products.astype(d), d(c)), np.float64) for d in (dtype, np.float64))
+      inner = np.maximum(exact - 1 / tasks, 0)  # the difference has too few digits in float32
+      direction, hull = (np.einsum("nt,ntp->np", w, gradients) for w in (weights, inner / inner.sum(1, keepdims=True)))
+      bound = np.sum(hull * mean, -1) + c * length(mean) * length(hull)
+      missing = bound[:, None] - np.einsum("ntp,np->nt", gradients, direction)
+      assert (missing / (length(gradients) * length(direction)[:, None])).max() < tolerance
+      np.testing.assert_allclose(length(direction - mean), c * length(mean), rtol=tolerance)
+
+
+def test_cagrad_is_the_same_eager_jitted_vmapped_and_rescaled():
+  gradients = np.array([[40, 10, 40], [4, -4, -3], [-9, -7, -2]], np.float32)
+  products = gradients @ gradients.T
+  expected = [1 / 3, 1 / 3, 1.0461339]
+  for scale in (1, 2, 3, 0.1):
+    for weights in (balancing.cagrad(scale * products), jax.jit(balancing.cagrad)(scale * products)):
+      assert_close(weights, expected, 1e-5)
+  assert_close(jax.vmap(balancing.cagrad)(products[None])[0], expected, 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-4), (np.float64, 1e-9)])
 @pytest.mark.parametrize("alpha", [0.25, 1.0, 2.0, 8.0])
 def test_fair_grad_solves_its_equation(alpha, dtype, tolerance):
   """Task by task, against what its own sum adds up: a large row hides no other."""

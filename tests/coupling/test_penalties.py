@@ -228,6 +228,8 @@ def test_mistakes_are_named(penalty):
   first, second = make_tasks(2)
   with pytest.raises(ValueError, match="at least 2 tasks' parameters, got 1"):
     penalty([first])
+  with pytest.raises(ValueError, match=r"got a mapping of \['left', 'right'\]: its values"):
+    penalty({"left": first, "right": second})
   with pytest.raises(ValueError, match="3 for 2 tasks"):
     penalty([first, second], [select("conv")] * 3)
   with pytest.raises(

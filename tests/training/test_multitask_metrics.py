@@ -48,3 +48,10 @@ def test_absolute_error():
   np.testing.assert_array_equal(metrics.absolute_error(jnp.array([1.0, -2.0]), jnp.array([3.0, -1.0])), [2, 1])
   with pytest.raises(ValueError, match=r"\(3, 1\).*\(3,\)"):
     metrics.absolute_error(jnp.ones((3, 1)), jnp.ones(3))
+
+
+def test_an_improvement_on_a_negative_baseline_is_one():
+  better, worse = {"a": {"r2": 0.1}}, {"a": {"r2": -0.15}}
+  of = dict(higher_is_better={"r2": True})
+  np.testing.assert_allclose(metrics.multitask_improvement(better, worse, **of), 0.25 / 0.15)
+  np.testing.assert_allclose(metrics.delta_m(better, worse, **of), -100 * 0.25 / 0.15)
