@@ -113,8 +113,8 @@ DEGENERATE = """\
 
 Value and gradient of every loss are finite, in float32 and bfloat16, for: duplicate rows, zero rows, a collapsed
 student, collapsed student and teacher, zeros, constant inputs, a common offset of 1e3, a batch of 1, a batch of 2, and
-for losses on logits large logits of 1e4, opposed large logits, a class masked by -inf on both sides. The contract suite
-tries each (`degenerate_inputs` in tests/losses/test_contract.py); `crd` has tests of its own.
+for losses on logits large logits of 1e4, logits a hundred apart, opposed large logits, a class masked by -inf on both
+sides. The contract suite tries each (`degenerate_inputs` in tests/losses/test_contract.py); `crd` has tests of its own.
 """
 
 LEARNABLE = """\

@@ -123,6 +123,11 @@ def all_sum(value: jax.Array, axis_name: AxisName) -> jax.Array:
   return value if axis_name is None else jax.lax.psum(value, axis_name)
 
 
+def all_max(value: jax.Array, axis_name: AxisName) -> jax.Array:
+  """The largest over the devices of a mapped axis; without a derivative."""
+  return value if axis_name is None else jax.lax.pmax(value, axis_name)
+
+
 def all_rows(rows: jax.Array, axis_name: AxisName) -> jax.Array:
   """The rows of every device, stacked on the first axis in device order."""
   return rows if axis_name is None else jax.lax.all_gather(rows, axis_name, tiled=True)

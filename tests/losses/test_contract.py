@@ -186,6 +186,7 @@ def degenerate_inputs(case, arrays):
   yield "a batch of 2", [a[:2] for a in arrays]
   if case.kind == "logits":
     yield "large logits of 1e4", changed(lambda a: 1e4 * np.sign(a))
+    yield "logits a hundred apart", changed(lambda a: 40 * a)
     yield "opposed large logits", [1e4 * np.sign(arrays[0]), -1e4 * np.sign(arrays[0]), *arrays[2:]]
 
     def without_last_class(a):
@@ -200,7 +201,7 @@ def test_degenerate_inputs_are_those_of_the_methods_page():
   listed = " ".join(page.split("## Degenerate inputs")[1].split("\n## ")[0].split())
   logits = next(case for case in CASES if case.kind == "logits")
   names = [name for name, _ in degenerate_inputs(logits, inputs_of(logits))]
-  assert len(names) == 12 and all(name in listed for name in names)
+  assert len(names) == 13 and all(name in listed for name in names)
 
 
 @each_case

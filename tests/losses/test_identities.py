@@ -296,3 +296,18 @@ def test_float32_divergence_of_nearly_equal_logits_keeps_its_digits():
   teacher = teacher.astype(np.float32)
   got = losses.forward_kl(student, teacher)
   np.testing.assert_allclose(got, forward_kl(np.float64(student), np.float64(teacher)), rtol=2e-3)
+
+
+@pytest.mark.parametrize("lower", [20.0, 60.0, 200.0])
+def test_dist_does_not_depend_on_how_unlikely_a_class_is(lower):
+  """Its correlation over the batch is that of its relative probabilities; their squares would be out of range."""
+  student = np.array([[0, 1, 2.0], [1, 0, 1.0], [0, 0.5, 3.0]]) - [0, 0, lower]
+  teacher = np.array([[0, 2, 3.0], [1, 0, 2.0], [2, 0.5, 0.0]]) - [0, 0, lower]
+  mean = lambda student, teacher: losses.dist(student, teacher).mean()
+  value, gradients = jax.value_and_grad(mean, (0, 1))(*(jnp.float32(x) for x in (student, teacher)))
+  with jax.enable_x64(True):
+    expected = jax.value_and_grad(mean, (0, 1))(jnp.asarray(student), jnp.asarray(teacher))
+  np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+  for got, exact in zip(gradients, expected[1], strict=True):
+    np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-6)
+  assert np.abs(expected[1][0][:, 2]).min() > 1e-3
