@@ -73,6 +73,8 @@ def check_where(where: jax.Array | None, examples: tuple[int, ...]) -> None:
   """Raises a ValueError unless `where` is None or bool of the shape of the result."""
   if where is None:
     return
+  if not hasattr(where, "shape"):
+    raise ValueError(f"where must be a bool array of the result's shape {examples}; got a {type(where).__name__}")
   if jnp.shape(where) != examples or jnp.result_type(where) != jnp.bool_:
     raise ValueError(
       f"where must be bool of the result's shape {examples}; got {jnp.result_type(where)}{list(jnp.shape(where))}"

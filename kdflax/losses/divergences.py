@@ -7,6 +7,7 @@ there: the divergence is infinite where the other side's expectation runs over i
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from kdflax.losses._examples import mask
@@ -222,15 +223,16 @@ def jensen_shannon(
     student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
     teacher_logits: `[..., classes]`.
     temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
-    beta: share of the teacher in the mixture, in [0, 1], inside (0, 1) if traced; broadcasts against `[...]`.
+    beta: share of the teacher in the mixture: a number in [0, 1], or an array inside (0, 1), as is a traced number; it
+      broadcasts against `[...]`.
     where: bool `[...]`, which examples count.
 
   Returns:
     `[...]` in float32 or wider, 0 for masked examples.
 
   Raises:
-    ValueError: if the shapes differ, an input is not floating, `beta` is a number outside [0, 1], or `where` does not
-      fit.
+    ValueError: if the shapes differ, an input is not floating, `beta` is a number outside [0, 1] or an array that is
+      not inside (0, 1), or `where` does not fit.
 
   Reference: Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", 2024,
   arXiv 2306.13649. Some implementations mix probabilities in the dtype of the inputs, which turns negative in bfloat16.
@@ -241,6 +243,8 @@ def jensen_shannon(
     if beta in (0, 1):
       end = forward_kl if beta == 0 else reverse_kl
       return end(student_logits, teacher_logits, temperature=temperature, where=where)
+  elif not isinstance(beta, Tracer) and not np.all((np.asarray(beta) > 0) & (np.asarray(beta) < 1)):
+    raise ValueError(f"an array beta must be inside (0, 1); 0 and 1 are forward_kl and reverse_kl; got {beta}")
   log_q, log_p, beta = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, beta=beta)
   return mask(_jensen_shannon(log_p, log_q, beta), where)
 

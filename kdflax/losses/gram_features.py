@@ -175,7 +175,7 @@ def kdsvd(
   student, teacher = _layer_pairs(where, student_first, student_last, teacher_first, teacher_last)
   smallest = min(min(_positions(features).shape[1:]) for features in teacher)
   if not isinstance(k, int) or not 1 <= k <= smallest:
-    raise ValueError(f"k must be from 1 to {smallest}, the rank of the teacher's maps; got {k}")
+    raise ValueError(f"k must be an int from 1 to {smallest}, the rank of the teacher's maps; got {k!r}")
   first = _paired_vectors(student[0], teacher[0], k)
   last = _paired_vectors(student[1], teacher[1], k, done=first[0][:, :1, :1])
   # Recomputing the kernels in the backward pass keeps arrays of batch x channels x channels out of memory.

@@ -251,7 +251,8 @@ def _squared_distances(rows: jax.Array, others: jax.Array, distinct: jax.Array) 
   """Squared Euclidean distances `[n, m]` of centred rows, 0 where the two are not distinct.
 
   They come from the Gram matrix. If any two rows are so close that the rounding of their products would show, all
-  distances are taken again as sums of squared differences; the derivative is that of the Gram matrix all the same.
+  distances are taken again as sums of squared differences; the derivative is that of the Gram matrix all the same, off
+  by about `eps / r` for rows at a share r of their length.
   """
   scale = jnp.square(rows).sum(axis=-1)[:, None] + jnp.square(others).sum(axis=-1)
   squared = scale - 2 * inner_products(rows, others)
@@ -278,6 +279,10 @@ def rkd_angle(
   the width. The derivative is in closed form: of all that it needs, only the movement of the Gram matrix takes a second
   pass over the angles, and that over half of them. Forward mode and higher derivatives work.
 
+  The price is paid by distinct rows that are much closer to each other than they are long: at a share r of their length
+  (after centring) the float32 gradient is off by about 3e-6 / r, 7e-3 at 4e-4, where differences row by row would keep
+  their digits. Float64 has them.
+
   Args:
     student: `[batch, ...]`, trailing axes flattened.
     teacher: `[batch, ...]`, any width.
@@ -294,8 +299,8 @@ def rkd_angle(
 
   Reference: Park, Kim, Lu and Cho, "Relational Knowledge Distillation", 2019, arXiv 1904.05068.
   """
-  if chunk is not None and chunk < 1:
-    raise ValueError(f"chunk must be positive; got {chunk}")
+  if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    raise ValueError(f"chunk must be a positive int; got {chunk!r}")
   student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
   sides = [_sides(rows, pairs, axis_name) for rows in (student_rows, teacher_rows)]
   by = lambda size: functools.partial(angle_sums, size)

@@ -187,7 +187,8 @@ def test_kdsvd_rotates_equal_singular_values_as_one():
     (r"bn_scale.*bn_bias.*\(3,\).*\(2,\)", lambda: losses.ofd_margin(jnp.ones(3), jnp.ones(2))),
     (r"channels.*\(4,\).*\(5,\)", lambda: losses.inter_channel_correlation(STUDENT[..., :4], TEACHER)),
     (r"student_last.*teacher_last.*\(4,\).*\(5,\)", lambda: losses.fsp(STUDENT, STUDENT[..., :4], TEACHER, TEACHER)),
-    (r"k must be from 1 to 5.*got 6", lambda: losses.kdsvd(STUDENT, STUDENT, TEACHER, TEACHER, k=6)),
+    (r"k must be an int from 1 to 5.*got 6", lambda: losses.kdsvd(STUDENT, STUDENT, TEACHER, TEACHER, k=6)),
+    (r"where must be a bool array .*\(2,\); got a list", lambda: losses.hint(STUDENT, STUDENT, where=[True, False])),
   ],
 )
 def test_mistakes_are_named(message, call):

@@ -311,3 +311,11 @@ def test_dist_does_not_depend_on_how_unlikely_a_class_is(lower):
   for got, exact in zip(gradients, expected[1], strict=True):
     np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-6)
   assert np.abs(expected[1][0][:, 2]).min() > 1e-3
+
+
+def test_settings_that_make_no_sense_are_named():
+  x = jnp.ones((3, 2))
+  with pytest.raises(ValueError, match=r"chunk must be a positive int; got 2\.0"):
+    losses.rkd_angle(x, x, chunk=2.0)
+  with pytest.raises(ValueError, match=r"array beta must be inside \(0, 1\); 0 and 1 are forward_kl and reverse_kl"):
+    losses.jensen_shannon(x, x, beta=np.array([0.0, 0.5, 1.0]))
