@@ -246,7 +246,7 @@ def simplex_minimum(
 
   With `linear` given, `|g| = min_t (|g|^2 / t + t) / 2` makes it a quadratic programme in x for every t > 0, whose
   feasible set does not depend on t. When x is optimal for a t, t moves to the exact minimum over the working set (the
-  solution is affine in t there, so this is a quadratic equation), guarded by a bracket, until the set stays.
+  solution is affine in t there, so this is an equation in t^2), guarded by a bracket, until the set stays.
 
   Args:
     cosines: Gramian of unit rows, `[T, T]`.

@@ -56,8 +56,7 @@ def dist(
   (q, of_q), (p, of_p) = (
     _relative_to_class(log_softmax(logits, temperature), where, axis_name) for logits in (student, teacher)
   )
-  _, count = masked_sum(jnp.ones(jnp.shape(student_logits)[:-1], q.dtype), where, axis_name)
-  count = jnp.maximum(count, 1)
+  count = _count(student, where, axis_name)
   along_classes = lambda x: x.sum(axis=-1, keepdims=True)
   within_example = _correlation_distance(q * of_q, p * of_p, q.shape[-1], along_classes, lambda x: x)
   # Down the rows by matrix products: XLA's sum along that axis takes twenty times as long on a CPU, also as the
@@ -104,7 +103,7 @@ def class_correlation(
 
   Reference: Jin, Wang and Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
   """
-  q, p, count, _ = _probabilities(student_logits, teacher_logits, where, axis_name, temperature=temperature)
+  q, p, count = _probabilities(student_logits, teacher_logits, temperature, where, axis_name)
   classes = q.shape[-1]
   plus, minus = q + p, q - p
   if classes <= len(q):
@@ -147,7 +146,7 @@ def batch_correlation(
 
   Reference: Jin, Wang and Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
   """
-  q, p, *_ = _probabilities(student_logits, teacher_logits, where, axis_name, temperature=temperature)
+  q, p, _ = _probabilities(student_logits, teacher_logits, temperature, where, axis_name)
   if axis_name is None:
     difference = _gram_difference(q, p)
   else:
@@ -179,15 +178,19 @@ def _relative_to_class(
 def _probabilities(
   student_logits: jax.Array,
   teacher_logits: jax.Array,
+  temperature: float | jax.Array,
   where: jax.Array | None,
   axis_name: AxisName,
-  **hyper: float | jax.Array,
-) -> list[jax.Array]:
-  """q and p, `[batch, classes]`, 0 for masked examples; how many count on all devices; temperature and the others."""
-  student, teacher, temperature, *others = logit_pair(student_logits, teacher_logits, where, **hyper)
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """q and p, `[batch, classes]`, 0 for masked examples, and how many count on all devices."""
+  student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
   q, p = (mask(softmax(logits, temperature), where) for logits in (student, teacher))
-  _, count = masked_sum(q[..., 0], where, axis_name)
-  return [q.reshape(-1, q.shape[-1]), p.reshape(-1, q.shape[-1]), jnp.maximum(count, 1), temperature, *others]
+  return q.reshape(-1, q.shape[-1]), p.reshape(-1, p.shape[-1]), _count(q, where, axis_name)
+
+
+def _count(values: jax.Array, where: jax.Array | None, axis_name: AxisName) -> jax.Array:
+  """How many examples of `values [..., classes]` count on all devices, at least 1."""
+  return jnp.maximum(masked_sum(values[..., 0], where, axis_name)[1], 1)
 
 
 @jax.custom_jvp
