@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import environment, peak_of_a_step, report, time_interleaved
+from benchmarks.harness import environment, peak_of_a_step, report, tensor, time_interleaved
 from kdflax import balancing
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a call of microseconds waits for a second thread
@@ -101,9 +101,9 @@ def weighting_rows(sizes, repeats):
         "kdflax": lambda solve=solve, products=products, extra=extra: solve(products, *extra).block_until_ready()
       }
       if name == "nash_mtl":
-        peer = torch_nash(torch.tensor(matrix))
+        peer = torch_nash(tensor(matrix))
       else:
-        weigh, theirs = torch_weighting(name), torch.tensor(np.array(products))
+        weigh, theirs = torch_weighting(name), tensor(np.array(products))
         peer = None if weigh is None else lambda weigh=weigh, theirs=theirs: weigh(theirs)
       if peer is not None:
         functions["torchjd"] = peer
@@ -131,8 +131,8 @@ def torch_gradients(num_tasks, batch=BATCH):
 
   torch.set_num_threads(1)
   weights, inputs = network(num_tasks, batch)
-  trunk = [torch.tensor(w, requires_grad=True) for w in weights[:-1]]
-  head, inputs = torch.tensor(weights[-1]), torch.tensor(inputs)
+  trunk = [tensor(w, requires_grad=True) for w in weights[:-1]]
+  head, inputs = tensor(weights[-1]), tensor(inputs)
   aggregator = torchjd.aggregation.MGDA()
 
   def step():

@@ -1,4 +1,8 @@
-"""Timing and reporting that the benchmarks share: interleaved repeats, medians, the machine, a Markdown table."""
+"""Timing and reporting that the benchmarks share: interleaved repeats, medians, the machine, a Markdown table.
+
+Both sides run on jax's default device: on a GPU PyTorch does too, and the results are files of their own, named after
+the card.
+"""
 
 import gc
 import importlib.metadata
@@ -13,7 +17,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
+try:
+  import torch
+except ModuleNotFoundError:
+  torch = None
+
 RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def tensor(array, **options):
+  """A new tensor of PyTorch on the device that jax uses; PyTorch for CPUs has nothing to compare a GPU with."""
+  return torch.tensor(array, device=_torch_device(), **options)
+
+
+def _torch_device() -> str:
+  return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def _finish() -> None:
+  """Waits for what PyTorch has queued on a GPU."""
+  if torch is not None and _torch_device() == "cuda":
+    torch.cuda.synchronize()
 
 
 def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 2):
@@ -23,7 +49,7 @@ def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int
   before left spinning take a core, and a library's own threads have to wake up.
 
   Args:
-    functions: by name; each call must block until its result is there.
+    functions: by name; each call of jax must block until its result is there, those of PyTorch are waited for.
     repeats: timed rounds, every function once a round, or four times if its calls are short.
     warmup: untimed calls of each first, which also compile.
 
@@ -35,6 +61,7 @@ def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int
     for _ in range(warmup):
       start = time.perf_counter()
       function()
+      _finish()
       short[name] = time.perf_counter() - start < 0.2
   times: dict[str, list[float]] = {name: [] for name in functions}
   gc.collect()
@@ -46,9 +73,11 @@ def time_interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int
         start = time.perf_counter()
         while short[name] and time.perf_counter() - start < 0.1:
           function()
+        _finish()
         for _ in range(4 if short[name] else 1):
           start = time.perf_counter()
           function()
+          _finish()
           times[name].append(1e3 * (time.perf_counter() - start))
   finally:
     gc.enable()
@@ -63,10 +92,17 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def peak_of_a_step(make: Callable[..., Callable[[], Any]], arguments: tuple, small: tuple) -> float:
-  """MB by which one call of `make(*arguments)` raises the peak of a fresh process, NaN if it dies.
+  """MB that one call of `make(*arguments)`, of PyTorch, needs beyond what there is before it; NaN if it dies.
 
-  `make(*small)` is called there first, for what a library allocates once.
+  On a CPU that is by how much it raises the peak of a fresh process, where `make(*small)` is called first, for what a
+  library allocates once.
   """
+  if _torch_device() == "cuda":
+    step = make(*arguments)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
   context = multiprocessing.get_context("spawn")
   queue = context.Queue()
   process = context.Process(target=_peak_of_a_step, args=(make, arguments, small, queue))
@@ -100,7 +136,7 @@ def environment(*packages: str) -> dict[str, Any]:
   return {
     "versions": versions,
     "python": platform.python_version(),
-    "processor": _processor(),
+    "processor": _processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
     "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     "load": [round(load, 2) for load in os.getloadavg()],
   }
@@ -117,6 +153,11 @@ def _processor() -> str:
   return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')}, {vectors})"
 
 
+def suffix() -> str:
+  """What the names of the results of this device end with: nothing on a CPU, `_H100` on an NVIDIA H100."""
+  return "" if jax.default_backend() == "cpu" else f"_{jax.devices()[0].device_kind.removeprefix('NVIDIA ').split()[0]}"
+
+
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Rows of one table; the columns are the keys of the first row, floats get three significant digits."""
   columns = list(rows[0])
@@ -128,11 +169,12 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def report(
   name: str, title: str, rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], notes: str = ""
 ) -> None:
-  """Print the table and write `results/NAME.md` and `results/NAME.json`."""
+  """Print the table and write `results/NAME.md` and `results/NAME.json`, on a GPU `results/NAME_H100.md`."""
   versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
   where = f"{machine['processor']}, {machine['cores']} cores, load {machine['load'][0]} at the start; {versions}."
   text = "\n\n".join(part for part in (f"# {title}", notes, markdown_table(rows), where) if part) + "\n"
   print(text)
   RESULTS.mkdir(exist_ok=True)
+  name = f"{name}{suffix()}"
   (RESULTS / f"{name}.md").write_text(text)
   (RESULTS / f"{name}.json").write_text(json.dumps({"rows": list(rows), "environment": dict(machine)}, indent=2) + "\n")

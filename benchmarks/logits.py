@@ -154,7 +154,7 @@ def measure(case: Case, batch: int, classes: int, repeats: int) -> dict:
   row = {"loss": case.peer.__name__.removeprefix("peer_"), "logits": f"{batch} x {classes}"}
   functions = {"kdflax": lambda: jax.block_until_ready(compiled(*inputs))}
   if torch is not None and not (case.only_small and classes > 1000):
-    arrays = [torch.from_numpy(x) for x in (student, teacher, *labels)]
+    arrays = [harness.tensor(x) for x in (student, teacher, *labels)]
 
     def peer():
       leaf = arrays[0].detach().requires_grad_()
@@ -164,7 +164,9 @@ def measure(case: Case, batch: int, classes: int, repeats: int) -> dict:
 
     functions["torch"] = peer
     (value, slope), (expected, expected_slope) = compiled(*inputs), peer()
-    difference = np.linalg.norm(np.asarray(slope) - expected_slope.numpy()) / np.linalg.norm(expected_slope.numpy())
+    difference = np.linalg.norm(np.asarray(slope) - expected_slope.numpy(force=True)) / np.linalg.norm(
+      expected_slope.numpy(force=True)
+    )
     row |= {"value differs by": abs(float(value) / expected.item() - 1), "gradient differs by": float(difference)}
   times = {name: time for name, (time, _, _) in harness.time_interleaved(functions, repeats=repeats).items()}
   row |= {f"{name} (ms)": time for name, time in times.items()}

@@ -53,9 +53,9 @@ def kdflax_gradient(method: str):
 
 def torch_gradient(x: np.ndarray, threads: int):
   torch.set_num_threads(threads)
-  leaf = torch.tensor(x, requires_grad=True)
+  leaf = harness.tensor(x, requires_grad=True)
   torch.linalg.matrix_norm(leaf, ord="nuc").backward()
-  return leaf.grad.numpy()
+  return leaf.grad.numpy(force=True)
 
 
 JNP = jax.jit(jax.value_and_grad(lambda x: jnp.linalg.norm(x, "nuc")))

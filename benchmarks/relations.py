@@ -49,7 +49,7 @@ def torch_loss(name):
 
 
 def torch_step(name, batch, width):
-  student, teacher = (torch.tensor(x) for x in features(batch, width))
+  student, teacher = (harness.tensor(x) for x in features(batch, width))
   student.requires_grad_()
   loss = torch_loss(name)
 

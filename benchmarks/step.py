@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.harness import environment, report, time_interleaved
+from benchmarks.harness import environment, report, tensor, time_interleaved
 from kdflax import losses, models, training
 from kdflax.objectives import Term
 
@@ -78,15 +78,15 @@ def torch_step(torch, kind, images, labels, student, teacher):
 
   def distances(x):
     squared = x.square().sum(1)
-    d = (squared[:, None] + squared - 2 * x @ x.T).clamp(min=1e-12).sqrt() * (1 - torch.eye(len(x)))
+    d = (squared[:, None] + squared - 2 * x @ x.T).clamp(min=1e-12).sqrt() * (1 - torch.eye(len(x), device=x.device))
     return d / d[d > 0].mean()
 
   def similarities(x):
     return functional.normalize(x @ x.T, dim=1)
 
-  small, large = network(student), network(teacher).eval()
+  x, y = tensor(images.transpose(0, 3, 1, 2)), tensor(labels.astype(np.int64))
+  small, large = network(student).to(x.device), network(teacher).to(x.device).eval()
   optimizer = torch.optim.SGD(small.parameters(), 0.05, momentum=0.9)
-  x, y = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
 
   def call():
     with torch.no_grad():

@@ -1,8 +1,11 @@
-"""Eight CPU devices, and programs compiled quickly rather than well: to be said before jax starts its backend."""
+"""Eight CPU devices, or what JAX_PLATFORMS names, and programs compiled quickly rather than well.
+
+To be said before jax starts its backend.
+"""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Most of the time of these tests is compilation: each program runs once, on a handful of numbers.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
