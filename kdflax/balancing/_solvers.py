@@ -6,6 +6,7 @@ residual elsewhere; moving one index in or out is a rank-one update. So one step
 which vmap batches over right-hand sides, and the inverse of the working set is at hand for the final refinement.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -99,7 +100,7 @@ class _State(NamedTuple):
 
 
 def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-  """Multiply at full precision; accelerators round the factors of a float32 product otherwise."""
+  """Multiply a matrix or a vector with a vector; accelerators would round the factors of a float32 product."""
   return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
 
 
@@ -229,7 +230,7 @@ def dual_cone_sum(cosines: jax.Array, tasks: jax.Array, factors: jax.Array) -> j
     resolved = (products * weights).sum(1) > _noise(weights)
     total = matvec(jnp.where(resolved, factors, 0), weights)
     reached = matvec(cosines, total)
-    length = jnp.sqrt(jnp.maximum(reached @ total, 0))
+    length = jnp.sqrt(jnp.maximum(matvec(reached, total), 0))
     # The promise is 1e-5 in cosine for float32; half of it, less what rounding may hide, is left to use here.
     done = reached.min() >= rounding(total) / 4 - eps**0.5 / 64 * length
     missing = jnp.maximum(rounding(weights) - products.min(1), 0)
@@ -323,8 +324,8 @@ def simplex_minimum(
     root, *_ = best_t(columns)
     x = x + jnp.where(root > 0, root, state.t) * columns[:, 1]
   x = jnp.maximum(x, 0)
-  x = x / (edges @ x)
-  squared_norm = x @ matvec(cosines, x)
+  x = x / matvec(edges, x)
+  squared_norm = matvec(x, matvec(cosines, x))
   return x, jnp.where(squared_norm <= _noise(x), 0, squared_norm)
 
 
@@ -347,16 +348,22 @@ def fair_point(cosines: jax.Array, log_norms: jax.Array, power: jax.Array | floa
   size, eps = cosines.shape[0], float(jnp.finfo(cosines.dtype).eps)
   matrix = cosines + 4 * size * eps * jnp.eye(size, dtype=cosines.dtype)
   log_f = (power - 1) * log_norms
+  lowest = 0.9 * math.log(jnp.finfo(cosines.dtype).tiny)
   longest = jnp.maximum(1 / power, 1)  # downwards the power law alone decides, and it is exact in `power` log x
 
   def newton(carry):
     u, _, step = carry
-    x = jnp.exp(u)
-    other = jnp.exp(log_f + (1 - power) * u)  # x f x^-power
-    scale = lax.rsqrt(x * x * jnp.diagonal(matrix) + power * other)
-    hessian = matrix * jnp.outer(x * scale, x * scale) + jnp.diag(power * other * scale**2)
+    # Row and column of the Hessian are in a unit, of which the logarithm is kept, that leaves one of the two parts of
+    # its diagonal near 1: an entry may ask for less than the smallest float. Such a one stands alone, in units of 1.
+    log_other = log_f + (1 - power) * u  # of x f x^-power
+    unit = jnp.maximum(u, log_other / 2)
+    alone = jnp.where(unit < lowest, unit, 0)
+    own, other = jnp.exp(u - unit), jnp.exp(log_other - 2 * unit)
+    scale = lax.rsqrt(own**2 * jnp.diagonal(matrix) + power * other)
+    hessian = matrix * jnp.outer(own * scale, own * scale) + jnp.diag(power * other * scale**2)
     factor = jnp.linalg.cholesky(hessian)
-    move = scale * jax.scipy.linalg.cho_solve((factor, True), scale * (other - x * matvec(matrix, x)))
+    residual = jnp.exp(log_other - unit - alone) - jnp.exp(u - unit - alone) * matvec(matrix, jnp.exp(u))
+    move = scale * jnp.exp(alone - unit) * jax.scipy.linalg.cho_solve((factor, True), scale * residual)
     return u + jnp.clip(move, -longest, 1), jnp.abs(move).max(), step + 1
 
   def unfinished(carry):

@@ -295,7 +295,7 @@ def pbi(preference: jax.Array, *, penalty: jax.Array | float = 5.0, reference: j
     tasks = x.losses.shape[0]
     direction = _unit(jnp.where(x.usable, per_task(preference, tasks, "pbi: preference"), 0))
     shifted = jnp.where(x.usable, x.losses - per_task(reference, tasks, "pbi: reference"), 0)
-    across = shifted - (shifted @ direction) * direction
+    across = shifted - (shifted * direction).sum() * direction
     noise = 4 * jnp.finfo(across.dtype).eps * jnp.abs(shifted).max()
     return direction + penalty * jnp.where(jnp.abs(across).max() > noise, _unit(across), 0)
 
@@ -324,7 +324,7 @@ def cosmos(preference: jax.Array, *, penalty: jax.Array | float = 1.0) -> Balanc
     losses = jnp.where(x.usable, x.losses, 0)
     length = jnp.sqrt((losses**2).sum())
     direction, towards = _unit(wanted), _unit(losses)
-    slope = (direction - (direction @ towards) * towards) / jnp.where(length > 0, length, 1)
+    slope = (direction - (direction * towards).sum() * towards) / jnp.where(length > 0, length, 1)
     return wanted - penalty * slope
 
   return stateless("cosmos", weigh)

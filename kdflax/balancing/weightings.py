@@ -84,7 +84,7 @@ def cagrad(gramian: jax.Array, *, c: jax.Array | float = 0.5, present: jax.Array
   p = normalise(gramian, present)
   mean = jnp.where(p.present, 1 / p.number, 0).astype(p.norms.dtype)
   scaled = p.norms * mean
-  mean_norm = jnp.sqrt(jnp.maximum(scaled @ _solvers.matvec(p.cosines, scaled), 0))
+  mean_norm = jnp.sqrt(jnp.maximum(_solvers.matvec(scaled, _solvers.matvec(p.cosines, scaled)), 0))
   moves = (mean_norm > 0) & (c > 0) & p.valid.any()
   mean_norm = jnp.where(moves, mean_norm, 1)
   smallest = jnp.where(p.valid, p.norms, jnp.inf).min()
@@ -193,7 +193,7 @@ def fair_grad(gramian: jax.Array, *, alpha: jax.Array | float = 1.0, present: ja
 
   Args:
     gramian: inner products of the task gradients, `[T, T]`.
-    alpha: fairness, positive; may be traced. Tested from 0.25 to 8.
+    alpha: fairness, positive; may be traced. Tested from 0.25 to 30.
     present: which tasks take part, `[T]` bool; all when None.
 
   Returns:
@@ -329,8 +329,8 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
   p = normalise(gramian, present)
   share, products, rounding = _solvers.equal_products(p)
   exists = products.max() > rounding
-  squared_norm = jnp.where(exists, share @ products, 1)
-  length = p.norms @ products / p.number
+  squared_norm = jnp.where(exists, _solvers.matvec(share, products), 1)
+  length = _solvers.matvec(p.norms, products) / p.number
   return restrict(p, jnp.where(exists, share * p.inverse_norms * length / squared_norm, 0))
 
 

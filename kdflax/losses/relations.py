@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from kdflax.losses._angles import Sides, angle_sums
-from kdflax.losses._differences import lost_to_rounding
+from kdflax.losses._differences import anywhere, squared_distances, sums_of_squared_lengths
 from kdflax.losses._examples import AxisName, all_rows, all_sum, as_examples, hyper_parameters, mask
 from kdflax.losses._numerics import inner_products, l2_normalize, log1p_remainder, safe_divide, safe_sqrt
 
@@ -131,8 +131,7 @@ def pkt(
   def dissimilarities(rows: _Rows) -> jax.Array:
     """`1 - k`, from distances of unit vectors: a common offset, which takes all k close to 1, costs no digits."""
     nonzero = rows.map(lambda features: features.any(axis=-1))
-    unit = _centre(rows.map(l2_normalize), pairs, axis_name)
-    quarter = _squared_distances(*unit, pairs.distinct) / 4
+    quarter = _squared_distances(rows.map(l2_normalize), pairs, axis_name) / 4
     quarter = jnp.where(quarter < 1, quarter, 1)  # beyond opposed is rounding
     return jnp.where(pairs.valid, jnp.where(nonzero.local[:, None] & nonzero.everyone, quarter, 0.5), 0)
 
@@ -234,30 +233,21 @@ def rkd_distance(
   student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
 
   def relative(rows: _Rows) -> jax.Array:
-    distance = safe_sqrt(_squared_distances(*_centre(rows, pairs, axis_name), pairs.distinct))
+    distance = safe_sqrt(_squared_distances(rows, pairs, axis_name))
     mean = all_sum(distance.sum(), axis_name) / jnp.maximum(pairs.counted * (pairs.counted - 1), 1)
     return safe_divide(distance, mean)
 
   return pairs.mean_over_batch(optax.huber_loss(relative(student_rows), relative(teacher_rows)))
 
 
-def _centre(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> _Rows:
-  """Moves the mean of the batch to the origin, so that a common offset costs no digits in a Gram matrix."""
-  mean = all_sum(rows.local.sum(0), axis_name) / jnp.maximum(pairs.counted, 1)
-  return rows.map(lambda features: features - mean)
+def _squared_distances(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> jax.Array:
+  """Squared Euclidean distances `[b, B]` of the anchors to the batch, 0 where the two are not distinct."""
+  return squared_distances(*rows, _mean(rows, pairs, axis_name), pairs.distinct)
 
 
-def _squared_distances(rows: jax.Array, others: jax.Array, distinct: jax.Array) -> jax.Array:
-  """Squared Euclidean distances `[n, m]` of centred rows, 0 where the two are not distinct.
-
-  They come from the Gram matrix. If any two rows are so close that the rounding of their products would show, all
-  distances are taken again as sums of squared differences; the derivative is that of the Gram matrix all the same, off
-  by about `eps / r` for rows at a share r of their length.
-  """
-  scale = jnp.square(rows).sum(axis=-1)[:, None] + jnp.square(others).sum(axis=-1)
-  squared = scale - 2 * inner_products(rows, others)
-  lost = lost_to_rounding(*jax.lax.stop_gradient((rows, others, distinct, squared, scale)))
-  return jnp.where(distinct, squared + lost, 0)
+def _mean(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> jax.Array:
+  """Mean of the batch `[width]`; masked rows are zeros."""
+  return all_sum(rows.local.sum(0), axis_name) / jnp.maximum(pairs.counted, 1)
 
 
 def rkd_angle(
@@ -279,9 +269,8 @@ def rkd_angle(
   the width. The derivative is in closed form: of all that it needs, only the movement of the Gram matrix takes a second
   pass over the angles, and that over half of them. Forward mode and higher derivatives work.
 
-  The price is paid by distinct rows that are much closer to each other than they are long: at a share r of their length
-  (after centring) the float32 gradient is off by about 3e-6 / r, 7e-3 at 4e-4, where differences row by row would keep
-  their digits. Float64 has them.
+  Where a distinct row is closer to an anchor than about a twentieth of their length, after centring, the Gram matrix
+  has lost the digits of the angle. Those anchors take differences row by row, O(B^2 width) for each.
 
   Args:
     student: `[batch, ...]`, trailing axes flattened.
@@ -302,15 +291,39 @@ def rkd_angle(
   if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
     raise ValueError(f"chunk must be a positive int; got {chunk!r}")
   student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
-  sides = [_sides(rows, pairs, axis_name) for rows in (student_rows, teacher_rows)]
+  models = [(rows.everyone, _mean(rows, pairs, axis_name)) for rows in (student_rows, teacher_rows)]
+  (student_sides, student_close), (teacher_sides, teacher_close) = (_sides(*model, pairs) for model in models)
   by = lambda size: functools.partial(angle_sums, size)
-  total = by(chunk)(*sides) if chunk else jax.lax.platform_dependent(*sides, cpu=by(1), default=by(16))
+  by = by(chunk) if chunk else functools.partial(jax.lax.platform_dependent, cpu=by(1), default=by(16))
+  rows = student_rows.everyone, teacher_rows.everyone
+  total = _again_if_close(by(student_sides, teacher_sides), student_close | teacher_close, *rows, pairs)
   return mask(total / jnp.maximum(pairs.counted, 1) ** 2, where)
 
 
-def _sides(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> Sides:
-  everyone = _centre(rows, pairs, axis_name).everyone
+def _sides(rows: jax.Array, mean: jax.Array, pairs: _Pairs) -> tuple[Sides, jax.Array]:
+  """The sides of the angles, and which anchors have a row so close that their angles lose digits."""
   distinct = pairs.present[:, None] & pairs.present & ~jnp.eye(pairs.present.size, dtype=bool)
-  squared = _squared_distances(everyone, everyone, distinct)
+  squared = squared_distances(rows, rows, mean, distinct)
+  close = (squared > 0) & (squared < sums_of_squared_lengths(rows - mean, rows - mean) / 1024)
   length = safe_sqrt(squared)[:, pairs.anchors]
-  return Sides(safe_divide(jnp.ones_like(length), length), length / 2, -squared / 2)
+  sides = Sides(safe_divide(jnp.ones_like(length), length), length / 2, -squared / 2)
+  return sides, close.any(axis=0)[pairs.anchors]
+
+
+def _again_if_close(
+  sums: jax.Array, close: jax.Array, student: jax.Array, teacher: jax.Array, pairs: _Pairs
+) -> jax.Array:
+  """Sums over the angles `[b]`, taken from the rows themselves at the anchors that are too close to another row."""
+
+  def by_differences(anchor):
+    units = (l2_normalize(jnp.where(pairs.present[:, None], x - x[anchor], 0)) for x in (student, teacher))
+    student_cosines, teacher_cosines = (inner_products(unit, unit) for unit in units)
+    return optax.huber_loss(student_cosines, teacher_cosines).sum()
+
+  @jax.checkpoint
+  def of_anchor(row):
+    anchor, too_close, by_gram = row
+    return jax.lax.cond(anywhere(too_close), lambda: by_differences(anchor), lambda: by_gram)
+
+  again = lambda: jax.lax.map(of_anchor, (pairs.anchors, close, sums))
+  return jax.lax.cond(anywhere(close), again, lambda: sums)

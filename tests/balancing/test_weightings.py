@@ -151,7 +151,7 @@ def test_cagrad_is_the_same_eager_jitted_vmapped_and_rescaled():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-4), (np.float64, 1e-9)])
-@pytest.mark.parametrize("alpha", [0.25, 1.0, 2.0, 8.0])
+@pytest.mark.parametrize("alpha", [0.25, 1.0, 2.0, 8.0, 30.0])
 def test_fair_grad_solves_its_equation(alpha, dtype, tolerance):
   """Task by task, against what its own sum adds up: a large row hides no other."""
   with float64():

@@ -70,6 +70,11 @@ DEFICIENT = {
 EVERY = {**WELL_POSED, **DEFICIENT}
 
 
+def decides_on_the_rank(method):
+  """Newton-Schulz does not: rounding in the null space is lifted by up to eps^-0.6. On accelerators `auto` is that."""
+  return method != "newton_schulz" and (method != "auto" or jax.default_backend() == "cpu")
+
+
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_value_and_least_norm_gradient_in_float32(method, traced):
@@ -78,8 +83,7 @@ def test_value_and_least_norm_gradient_in_float32(method, traced):
     x = matrix.astype(np.float32)
     value, gradient = compute(x)
     expected, expected_gradient = reference(x)
-    # Without a rank decision, rounding in the null space is lifted by up to eps^-0.6.
-    tolerance = 1e-2 if method == "newton_schulz" and name in DEFICIENT else 1e-5
+    tolerance = 1e-5 if name in WELL_POSED or decides_on_the_rank(method) else 1e-2
     assert error(value, expected) <= 1e-5, name
     assert error(gradient, expected_gradient) <= tolerance, name
     assert np.linalg.norm(np.asarray(gradient, np.float64), 2) <= 1 + 1e-5, name
@@ -92,11 +96,12 @@ def test_square_matrices_get_the_least_norm_gradient_whether_or_not_the_rank_is_
   """On a CPU `auto` has two ways there; a batch takes the careful one as soon as one of its matrices needs it."""
   spectra = [[1, 0.5, 0.2, 0.05, 1e-2, 2e-3, 1e-3], [3, 2, 2, 2, 1, *([0, 0] if deficient else [1, 1])]]
   batch = np.stack([with_spectrum(spectrum, m=N) for spectrum in spectra]).astype(np.float32)
+  tolerance = 1e-4 if decides_on_the_rank("auto") or not deficient else 1e-2
   values, gradients = jax.vmap(value_and_grad("auto"))(batch)
   for x, value, gradient in zip(batch, values, gradients, strict=True):
     expected, expected_gradient = reference(x)
     assert error(value, expected) <= 1e-5
-    assert error(gradient, expected_gradient) <= 1e-4
+    assert error(gradient, expected_gradient) <= tolerance
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -121,7 +126,7 @@ def test_value_and_least_norm_gradient_in_float64(method, traced):
       expected, expected_gradient = reference(matrix)
       assert value.dtype == gradient.dtype == np.float64
       assert error(value, expected) <= 1e-9, name
-      tolerance = 1e-5 if method == "newton_schulz" and name in DEFICIENT else 1e-9
+      tolerance = 1e-9 if name in WELL_POSED or decides_on_the_rank(method) else 1e-5
       assert error(gradient, expected_gradient) <= tolerance, name
 
 
@@ -160,7 +165,7 @@ def test_orthogonal_invariance_transpose_and_scale(method):
 
 @pytest.mark.parametrize(("shape", "method"), [((12, 8), "gram"), ((8, 12), "gram"), ((8, 8), "newton_schulz")])
 def test_auto_on_a_cpu_goes_by_the_shape(shape, method):
-  x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  x = jax.device_put(np.random.default_rng(0).normal(size=shape).astype(np.float32), jax.devices("cpu")[0])
   np.testing.assert_array_equal(value_and_grad("auto")(x)[1], value_and_grad(method)(x)[1])
 
 

@@ -39,7 +39,7 @@ def test_order_of_the_channels_does_not_matter(loss):
 @pytest.mark.parametrize("loss", [losses.inter_channel_correlation, on_layers(losses.kdsvd)])
 def test_rotation_of_the_positions_does_not_matter(loss):
   rotation, _ = np.linalg.qr(np.random.default_rng(5).normal(size=(12, 12)))
-  rotated = jnp.einsum("nm,bmc->bnc", rotation, STUDENT.reshape(2, 12, 5)).reshape(STUDENT.shape)
+  rotated = np.einsum("nm,bmc->bnc", rotation, STUDENT.reshape(2, 12, 5)).astype(np.float32).reshape(STUDENT.shape)
   np.testing.assert_allclose(loss(rotated, TEACHER), loss(STUDENT, TEACHER), rtol=1e-4)
 
 
@@ -141,9 +141,9 @@ def test_ofd_margin_where_a_channel_is_hardly_ever_negative_or_constant():
 
 def test_class_attention_of_linear_heads_ends_in_the_logits():
   """One position and no norm: what is left of the maps is the logits without the bias."""
-  head = maps(5, 7, seed=3)
-  got = losses.class_attention_transfer(STUDENT @ head, TEACHER @ head, size=1, normalize=False)
-  np.testing.assert_allclose(got, losses.hint(STUDENT.mean((1, 2)) @ head, TEACHER.mean((1, 2)) @ head), rtol=1e-4)
+  student, teacher, head = (np.asarray(x) for x in (STUDENT, TEACHER, maps(5, 7, seed=3)))
+  got = losses.class_attention_transfer(student @ head, teacher @ head, size=1, normalize=False)
+  np.testing.assert_allclose(got, losses.hint(student.mean((1, 2)) @ head, teacher.mean((1, 2)) @ head), rtol=1e-4)
 
 
 def kdsvd_gradient(student):

@@ -127,6 +127,34 @@ def test_relations_in_float32_keep_their_digits(loss, where):
   assert np.linalg.norm(np.asarray(got[1]) - np.asarray(exact[1])) < 1e-3 * np.linalg.norm(exact[1])
 
 
+@by_name("loss", (losses.pkt, losses.rkd_distance, losses.rkd_angle))
+def test_float32_gradients_keep_their_digits_however_close_two_rows_are(loss):
+  gradient = jax.jit(jax.value_and_grad(lambda student, teacher: loss(student, teacher).mean()))
+  for share in (0.3, 0.1, 0.03, 0.01, 1e-4):
+    student, teacher = (x.astype(np.float32) for x in features(batch=12, width=64))
+    student[[1, 7]] = student[0] + np.float32(share) * student[8:10]
+    teacher[3] = teacher[2] + np.float32(share) * teacher[8]
+    got = gradient(student, teacher)
+    with jax.enable_x64(True):
+      exact = gradient(jnp.float64(student), jnp.float64(teacher))
+    np.testing.assert_allclose(got[0], exact[0], rtol=3e-6, err_msg=str(share))
+    error = np.linalg.norm(np.asarray(got[1]) - np.asarray(exact[1])) / np.linalg.norm(exact[1])
+    assert error < 3e-5, (share, error)
+
+
+@by_name("loss", (losses.rkd_distance, losses.rkd_angle))
+def test_a_vmap_still_asks_whether_rows_are_close(loss):
+  """A `vmap` would make both of two branches one, and take the slow one too for every batch."""
+  batches = jnp.stack([features(batch=6, width=4)[0] for _ in range(3)]).astype(jnp.float32)
+  primitives = str(jax.make_jaxpr(jax.vmap(jax.grad(lambda x: loss(x, 1 + x).sum())))(batches))
+  assert "cond[" in primitives
+  one_is_close = batches.at[1, 0].set(batches[1, 1] * 1.001)
+  got = jax.vmap(loss)(one_is_close, batches)
+  np.testing.assert_allclose(
+    got, [loss(x, t) for x, t in zip(one_is_close, batches, strict=True)], rtol=1e-5, atol=1e-7
+  )
+
+
 @pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
 @float64
 def test_equal_rows_count_at_distance_zero(name):
