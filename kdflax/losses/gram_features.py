@@ -1,5 +1,6 @@
 """Losses on products of feature maps: Gram matrices of channels, of two layers, and their singular vectors."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -47,11 +48,17 @@ def fsp(
   """
   student, teacher = _layer_pairs(where, student_first, student_last, teacher_first, teacher_last)
 
-  def flow(first, last):
-    first, last = (_positions(features) for features in pool_to_common_size(first, last))
-    return _product("bnc,bnd->bcd", first, last) / first.shape[1]
+  (student_first, student_last), (teacher_first, teacher_last) = (
+    [_positions(features) for features in pool_to_common_size(*layers)] for layers in (student, teacher)
+  )
 
-  return mask(jnp.square(flow(*student) - flow(*teacher)).mean(axis=(1, 2)), where)
+  def distance(student_block, teacher_block):
+    flow = lambda block, last: _product("bnc,bnd->bcd", block, last) / last.shape[1]
+    return jnp.square(flow(student_block, student_last) - flow(teacher_block, teacher_last)).sum(axis=(1, 2))
+
+  firsts = student_first, teacher_first
+  total = _sum_over_channels(distance, firsts, _size(*firsts) // (2 * student_last[..., 0, :].size))
+  return mask(total / (student_first.shape[-1] * student_last.shape[-1]), where)
 
 
 def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -86,7 +93,15 @@ def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = Non
     # The mean of (a . b)^2 is the inner product of the mean outer products, so the three terms are one square.
     outer = lambda unit: _product("bnc,bmc->bnm", unit, unit) / unit.shape[-1]
     return mask(jnp.square(outer(student) - outer(teacher)).sum(axis=(1, 2)), where)
-  kernel = lambda a, b: jnp.square(_product("bnc,bnd->bcd", a, b)).mean(axis=(1, 2))
+  between = lambda a, b: _product("bnc,bnd->bcd", a, b)
+  if s == t:
+    # The same square by channels, from AA' - BB' = (P'D + D'P) / 2 with P = A + B and D = A - B: with the three terms
+    # written out, all digits would cancel where student and teacher are close.
+    total, difference = student + teacher, student - teacher
+    mixed = between(total, difference)
+    squares = between(total, total) * between(difference, difference) + mixed * jnp.swapaxes(mixed, 1, 2)
+    return mask(squares.mean(axis=(1, 2)) / 2, where)
+  kernel = lambda a, b: jnp.square(between(a, b)).mean(axis=(1, 2))
   return mask(kernel(student, student) + kernel(teacher, teacher) - 2 * kernel(student, teacher), where)
 
 
@@ -178,16 +193,16 @@ def kdsvd(
     raise ValueError(f"k must be an int from 1 to {smallest}, the rank of the teacher's maps; got {k!r}")
   first = _paired_vectors(student[0], teacher[0], k)
   last = _paired_vectors(student[1], teacher[1], k, done=first[0][:, :1, :1])
-  # Recomputing the kernels in the backward pass keeps arrays of batch x channels x channels out of memory.
-  return mask(jax.checkpoint(_kernel_distance)(first, last), where)
 
+  student_first, teacher_first = (vectors.mT for vectors in first)
 
-def _kernel_distance(first: tuple[jax.Array, jax.Array], last: tuple[jax.Array, jax.Array]) -> jax.Array:
-  # exp(x) - 1, because the kernels are close to 1 and only their difference counts.
-  student, teacher = (
-    jnp.expm1(-jnp.square(later[:, :, None] - earlier[:, None]) / 8) for earlier, later in zip(first, last, strict=True)
-  )
-  return jnp.square(student - teacher).sum(axis=(1, 2, 3))
+  def distance(student_block, teacher_block):
+    # exp(x) - 1, because the kernels are close to 1 and only their difference counts.
+    kernel = lambda later, earlier: jnp.expm1(-jnp.square(later[..., None] - earlier[..., None, :]) / 8)
+    return jnp.square(kernel(student_block, student_first) - kernel(teacher_block, teacher_first)).sum(axis=(1, 2, 3))
+
+  last = tuple(vectors.mT for vectors in last)
+  return mask(_sum_over_channels(distance, last, _size(*student, *teacher) // (2 * student_first.size)), where)
 
 
 def _paired_vectors(
@@ -245,6 +260,36 @@ def _svd_jvp(primals, tangents):
   du = tangent(u, dx_v, own * inner + other * transposed)
   dv = tangent(v, dxt_u, other * inner + own * transposed)
   return (u, s, v), (du, jnp.diagonal(inner, axis1=-2, axis2=-1) * scale, dv)
+
+
+def _sum_over_channels(
+  distance: Callable[..., jax.Array], maps: tuple[jax.Array, jax.Array], at_once: int
+) -> jax.Array:
+  """Adds up a distance over the channels, a few at a time and once more in the backward pass.
+
+  So products of all channels with all channels, which may be many times the maps, are never held.
+
+  Args:
+    distance: of blocks `[batch, n, some channels]` of both maps, gives `[batch]`.
+    maps: `[batch, n, channels]`.
+    at_once: so many channels at most, but one at least; those of a block divide the channels.
+
+  Returns:
+    `[batch]`.
+  """
+  channels = maps[0].shape[-1]
+  if at_once >= channels:
+    return distance(*maps)
+  blocks = next(
+    count for count in range(1, channels + 1) if channels % count == 0 and channels <= count * max(at_once, 1)
+  )
+  split = lambda features: jnp.moveaxis(features.reshape(*features.shape[:-1], blocks, -1), -2, 0)
+  step = jax.checkpoint(lambda block: distance(*block))
+  return jax.lax.map(step, tuple(split(features) for features in maps)).sum(axis=0)
+
+
+def _size(*arrays: jax.Array) -> int:
+  return sum(x.size for x in arrays)
 
 
 def _positions(features: jax.Array) -> jax.Array:
