@@ -1,5 +1,6 @@
 """What the feature losses must leave unchanged, their closed forms, and inputs at which the usual code fails."""
 
+import family_features
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +78,29 @@ def test_nst_holds_nothing_larger_than_its_inputs_or_a_gram_matrix(shape):
   largest = max(np.prod(v.aval.shape) for equation in gradient.eqns for v in equation.outvars)
   positions, channels = shape[1] * shape[2], shape[3]
   assert largest <= 2 * max(positions * channels, min(positions, channels) ** 2)
+
+
+def test_nst_keeps_its_digits_where_student_and_teacher_are_close():
+  student = np.asarray(maps(2, 6, 6, 3))
+  teacher = student + np.float32(1e-3) * np.asarray(maps(2, 6, 6, 3, seed=1))
+  gradient = jax.value_and_grad(lambda s, t: losses.nst(s, t).sum())
+  got = gradient(student, teacher)
+  with jax.enable_x64(True):
+    exact = gradient(jnp.float64(student), jnp.float64(teacher))
+  for x, y in zip(got, exact, strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("name", ["fsp", "kdsvd"])
+def test_products_of_all_channels_with_all_are_never_held(name):
+  """And a few channels at a time give what all at once do."""
+  student, teacher = maps(2, 2, 2, 48), maps(2, 2, 2, 48, seed=1)
+  loss = jax.jit(lambda s: getattr(losses, name)(s, student, teacher, teacher))
+  memory = jax.jit(jax.grad(lambda s: loss(s).sum())).lower(student).compile().memory_analysis().temp_size_in_bytes
+  assert memory < 2 * 48 * 48 * 4  # one such array of the batch; a map has a twelfth of that
+  if name == "fsp":  # kdsvd leaves its signs to the decomposition
+    expected = family_features.fsp(*(np.float64(x) for x in (student, student, teacher, teacher)))
+    np.testing.assert_allclose(loss(student), expected, rtol=1e-5)
 
 
 def test_hierarchical_context_of_a_constant_difference():
