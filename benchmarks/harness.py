@@ -136,14 +136,16 @@ def environment(*packages: str) -> dict[str, Any]:
   return {
     "versions": versions,
     "python": platform.python_version(),
-    "processor": _processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
+    "processor": _processor(),
     "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     "load": [round(load, 2) for load in os.getloadavg()],
   }
 
 
 def _processor() -> str:
-  """The processor's name with what tells it apart: a virtual machine's name says little."""
+  """The card's name, or the CPU's with what tells it apart: a virtual machine's name says little."""
+  if jax.default_backend() != "cpu":
+    return jax.devices()[0].device_kind
   cpuinfo = pathlib.Path("/proc/cpuinfo")
   lines = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
   facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -51,11 +51,11 @@ def kdflax_gradient(method: str):
   return jax.jit(jax.value_and_grad(lambda x: nuclear_norm(x, method=method).sum()))
 
 
-def torch_gradient(x: np.ndarray, threads: int):
+def torch_gradient(x, threads: int):
   torch.set_num_threads(threads)
-  leaf = harness.tensor(x, requires_grad=True)
+  leaf = x.detach().requires_grad_()
   torch.linalg.matrix_norm(leaf, ord="nuc").backward()
-  return leaf.grad.numpy(force=True)
+  return leaf.grad
 
 
 JNP = jax.jit(jax.value_and_grad(lambda x: jnp.linalg.norm(x, "nuc")))
@@ -68,7 +68,8 @@ def measure_matrix(m: int, n: int, spectrum: str, repeats: int, methods=METHODS)
   functions = {method: lambda f=f: jax.block_until_ready(f(on_device)) for method, f in ours.items()}
   functions["jnp"] = lambda: jax.block_until_ready(JNP(on_device))
   if torch is not None:
-    functions |= {f"torch {threads}": lambda threads=threads: torch_gradient(x, threads) for threads in (1, 2)}
+    theirs = harness.tensor(x)
+    functions |= {f"torch {threads}": lambda threads=threads: torch_gradient(theirs, threads) for threads in (1, 2)}
   times = {name: median for name, (median, _, _) in harness.time_interleaved(functions, repeats=repeats).items()}
   expected = exact_gradient(x)
   row = {"matrix": f"{m} x {n}", "spectrum": spectrum}
@@ -93,8 +94,9 @@ def measure_pairs(repeats: int, tasks: int = 8, m: int = 512, n: int = 128):
     "jnp, loop": lambda: [jax.block_until_ready(JNP(x)) for x in singles],
   }
   if torch is not None:
+    theirs = [harness.tensor(x) for x in pairs]
     for threads in (1, 2):
-      functions[f"torch {threads}, loop"] = lambda threads=threads: [torch_gradient(x, threads) for x in pairs]
+      functions[f"torch {threads}, loop"] = lambda threads=threads: [torch_gradient(x, threads) for x in theirs]
   times = harness.time_interleaved(functions, repeats=repeats)
   batched = times["auto, one batched call"][0]
   return [

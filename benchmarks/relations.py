@@ -1,12 +1,12 @@
 """Relational and memory-based losses against PyTorch, forward plus backward: `python -m benchmarks.relations`.
 
 Float32, gradient to the student only. Peak extra memory: for kdflax the temporary buffers that XLA plans for the
-compiled step; for PyTorch the growth of the process's peak resident memory, measured in a process of its own. `crd` is
-measured with donated memories of several sizes. `--quick` only shows that the script runs.
+compiled step; for PyTorch the growth of the process's peak resident memory, measured in a process of its own, or on a
+GPU that of its allocator. `crd` is measured with donated memories of several sizes. `--quick` only shows that the
+script runs.
 """
 
 import argparse
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ def main():
   rows += contrastive
   name = "relations_quick" if arguments.quick else "relations"
   harness.report(name, "Relational and contrastive losses", rows, machine, NOTES)
-  plot(sweep, pathlib.Path(harness.RESULTS) / f"{name}.svg")
+  plot(sweep, harness.RESULTS / f"{name}{harness.suffix()}.svg")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ from jax.custom_batching import custom_vmap
 from kdflax.losses._numerics import inner_products
 
 
-def squared_distances(rows: jax.Array, others: jax.Array, mean: jax.Array, distinct: jax.Array) -> jax.Array:
-  """Squared Euclidean distances.
+def squared_distances(
+  rows: jax.Array, others: jax.Array, mean: jax.Array, distinct: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Squared Euclidean distances, and what the Gram matrix has them as differences of.
 
   They come from the Gram matrix unless two distinct rows are closer than about a tenth of their length: then all are
   sums of squared differences, several times the work. Equal rows alone, as an example that was drawn twice, do not ask
@@ -21,22 +23,18 @@ def squared_distances(rows: jax.Array, others: jax.Array, mean: jax.Array, disti
     distinct: bool `[n, m]`, which pairs matter.
 
   Returns:
-    `[n, m]`, 0 where the two are not distinct, and exactly 0, with derivative 0, where they are equal.
+    The distances `[n, m]`, 0 where the two are not distinct, and exactly 0, with derivative 0, where they are equal;
+    and the sums of squared lengths `[n, m]` after centring.
   """
   centred = rows - mean
-  centred = centred, centred if others is rows else others - mean
-  scale = sums_of_squared_lengths(*centred)
-  squared = scale - 2 * inner_products(*centred)
+  centred_others = centred if others is rows else others - mean
+  scale = jnp.square(centred).sum(axis=-1)[:, None] + jnp.square(centred_others).sum(axis=-1)
+  squared = scale - 2 * inner_products(centred, centred_others)
   close = distinct & (squared < scale / 256)
   equal = (squared < 16 * jnp.finfo(squared.dtype).eps * scale) & _same_signature(rows, others)
   again = lambda: _sums_of_squared_differences(rows, others, squared)
   known = jax.lax.cond(anywhere(close & ~equal), again, lambda: jnp.where(equal, 0, squared))
-  return jnp.where(distinct, known, 0)
-
-
-def sums_of_squared_lengths(rows: jax.Array, others: jax.Array) -> jax.Array:
-  """`[n, d], [m, d] -> [n, m]`: what a squared distance is a difference of."""
-  return jnp.square(rows).sum(axis=-1)[:, None] + jnp.square(others).sum(axis=-1)
+  return jnp.where(distinct, known, 0), scale
 
 
 @custom_vmap

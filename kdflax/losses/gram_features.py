@@ -1,5 +1,6 @@
 """Losses on products of feature maps: Gram matrices of channels, of two layers, and their singular vectors."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -57,7 +58,7 @@ def fsp(
     return jnp.square(flow(student_block, student_last) - flow(teacher_block, teacher_last)).sum(axis=(1, 2))
 
   firsts = student_first, teacher_first
-  total = _sum_over_channels(distance, firsts, _size(*firsts) // (2 * student_last[..., 0, :].size))
+  total = _sum_over_channels(distance, firsts, _size(*firsts) // (2 * student_last.shape[-1]))
   return mask(total / (student_first.shape[-1] * student_last.shape[-1]), where)
 
 
@@ -193,7 +194,6 @@ def kdsvd(
     raise ValueError(f"k must be an int from 1 to {smallest}, the rank of the teacher's maps; got {k!r}")
   first = _paired_vectors(student[0], teacher[0], k)
   last = _paired_vectors(student[1], teacher[1], k, done=first[0][:, :1, :1])
-
   student_first, teacher_first = (vectors.mT for vectors in first)
 
   def distance(student_block, teacher_block):
@@ -202,7 +202,7 @@ def kdsvd(
     return jnp.square(kernel(student_block, student_first) - kernel(teacher_block, teacher_first)).sum(axis=(1, 2, 3))
 
   last = tuple(vectors.mT for vectors in last)
-  return mask(_sum_over_channels(distance, last, _size(*student, *teacher) // (2 * student_first.size)), where)
+  return mask(_sum_over_channels(distance, last, _size(*student, *teacher) // (2 * _size(student_first))), where)
 
 
 def _paired_vectors(
@@ -262,15 +262,13 @@ def _svd_jvp(primals, tangents):
   return (u, s, v), (du, jnp.diagonal(inner, axis1=-2, axis2=-1) * scale, dv)
 
 
-def _sum_over_channels(
-  distance: Callable[..., jax.Array], maps: tuple[jax.Array, jax.Array], at_once: int
-) -> jax.Array:
+def _sum_over_channels(distance: Callable[..., jax.Array], maps: tuple[jax.Array, ...], at_once: int) -> jax.Array:
   """Adds up a distance over the channels, a few at a time and once more in the backward pass.
 
   So products of all channels with all channels, which may be many times the maps, are never held.
 
   Args:
-    distance: of blocks `[batch, n, some channels]` of both maps, gives `[batch]`.
+    distance: of blocks `[batch, n, some channels]` of all maps, gives `[batch]`.
     maps: `[batch, n, channels]`.
     at_once: so many channels at most, but one at least; those of a block divide the channels.
 
@@ -280,16 +278,16 @@ def _sum_over_channels(
   channels = maps[0].shape[-1]
   if at_once >= channels:
     return distance(*maps)
-  blocks = next(
-    count for count in range(1, channels + 1) if channels % count == 0 and channels <= count * max(at_once, 1)
-  )
+  fewest = -(-channels // max(at_once, 1))
+  blocks = next(count for count in range(fewest, channels + 1) if channels % count == 0)
   split = lambda features: jnp.moveaxis(features.reshape(*features.shape[:-1], blocks, -1), -2, 0)
   step = jax.checkpoint(lambda block: distance(*block))
   return jax.lax.map(step, tuple(split(features) for features in maps)).sum(axis=0)
 
 
 def _size(*arrays: jax.Array) -> int:
-  return sum(x.size for x in arrays)
+  """Numbers of an example `[batch, ...]`."""
+  return sum(math.prod(x.shape[1:]) for x in arrays)
 
 
 def _positions(features: jax.Array) -> jax.Array:

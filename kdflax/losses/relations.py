@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from kdflax.losses._angles import Sides, angle_sums
-from kdflax.losses._differences import anywhere, squared_distances, sums_of_squared_lengths
+from kdflax.losses._differences import anywhere, squared_distances
 from kdflax.losses._examples import AxisName, all_rows, all_sum, as_examples, hyper_parameters, mask
 from kdflax.losses._numerics import inner_products, l2_normalize, log1p_remainder, safe_divide, safe_sqrt
 
@@ -242,7 +242,8 @@ def rkd_distance(
 
 def _squared_distances(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> jax.Array:
   """Squared Euclidean distances `[b, B]` of the anchors to the batch, 0 where the two are not distinct."""
-  return squared_distances(*rows, _mean(rows, pairs, axis_name), pairs.distinct)
+  squared, _ = squared_distances(*rows, _mean(rows, pairs, axis_name), pairs.distinct)
+  return squared
 
 
 def _mean(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> jax.Array:
@@ -291,20 +292,18 @@ def rkd_angle(
   if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
     raise ValueError(f"chunk must be a positive int; got {chunk!r}")
   student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
-  models = [(rows.everyone, _mean(rows, pairs, axis_name)) for rows in (student_rows, teacher_rows)]
-  (student_sides, student_close), (teacher_sides, teacher_close) = (_sides(*model, pairs) for model in models)
+  sides, close = zip(*(_sides(rows, pairs, axis_name) for rows in (student_rows, teacher_rows)), strict=True)
   by = lambda size: functools.partial(angle_sums, size)
-  by = by(chunk) if chunk else functools.partial(jax.lax.platform_dependent, cpu=by(1), default=by(16))
-  rows = student_rows.everyone, teacher_rows.everyone
-  total = _again_if_close(by(student_sides, teacher_sides), student_close | teacher_close, *rows, pairs)
+  total = by(chunk)(*sides) if chunk else jax.lax.platform_dependent(*sides, cpu=by(1), default=by(16))
+  total = _again_if_close(total, close[0] | close[1], student_rows.everyone, teacher_rows.everyone, pairs)
   return mask(total / jnp.maximum(pairs.counted, 1) ** 2, where)
 
 
-def _sides(rows: jax.Array, mean: jax.Array, pairs: _Pairs) -> tuple[Sides, jax.Array]:
+def _sides(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> tuple[Sides, jax.Array]:
   """The sides of the angles, and which anchors have a row so close that their angles lose digits."""
   distinct = pairs.present[:, None] & pairs.present & ~jnp.eye(pairs.present.size, dtype=bool)
-  squared = squared_distances(rows, rows, mean, distinct)
-  close = (squared > 0) & (squared < sums_of_squared_lengths(rows - mean, rows - mean) / 1024)
+  squared, scale = squared_distances(rows.everyone, rows.everyone, _mean(rows, pairs, axis_name), distinct)
+  close = (squared > 0) & (squared < scale / 1024)
   length = safe_sqrt(squared)[:, pairs.anchors]
   sides = Sides(safe_divide(jnp.ones_like(length), length), length / 2, -squared / 2)
   return sides, close.any(axis=0)[pairs.anchors]
