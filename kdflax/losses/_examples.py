@@ -4,6 +4,8 @@ The contract of a loss is kept here once: arrays come in by name, so that an err
 replaced by zeros before anything is computed, so that neither their values nor a NaN in them can reach a result.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -87,6 +89,11 @@ def mask(values: jax.Array, where: jax.Array | None) -> jax.Array:
     return values
   where = jnp.asarray(where)
   return jnp.where(where.reshape(where.shape + (1,) * (values.ndim - where.ndim)), values, 0)
+
+
+def flatten(examples: jax.Array) -> jax.Array:
+  """`[batch, ...] -> [batch, width]`, also where the batch is empty."""
+  return examples.reshape(examples.shape[0], math.prod(examples.shape[1:]))
 
 
 def masked_mean(values: jax.Array, where: jax.Array | None = None, axis_name: AxisName = None) -> jax.Array:

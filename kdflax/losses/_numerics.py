@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
@@ -84,6 +85,23 @@ def _gram_jvp(primals, tangents):
   (rows,), (moved,) = primals, tangents
   half = jnp.matmul(moved, rows.T, precision=jax.lax.Precision.HIGHEST)
   return _gram(rows), half + half.T
+
+
+@jax.custom_jvp
+def gram_difference(x: jax.Array, y: jax.Array) -> jax.Array:
+  """`x x' - y y'` of `[n, d]`, taken as `(x + y) (x - y)'` and its transpose halved, so that nothing large cancels."""
+  half = inner_products(x + y, x - y)
+  return (half + half.T) / 2
+
+
+def _gram_difference_jvp(primals, tangents):
+  signed = zip((1, -1), primals, tangents, strict=True)
+  halves = [sign * inner_products(moved, x) for sign, x, moved in signed if not isinstance(moved, SymbolicZero)]
+  half = sum(halves[1:], start=halves[0])
+  return gram_difference(*primals), half + half.T
+
+
+gram_difference.defjvp(_gram_difference_jvp, symbolic_zeros=True)
 
 
 def adaptive_average_pool(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:

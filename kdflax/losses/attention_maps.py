@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses._examples import as_examples, check_same, mask
+from kdflax.losses._examples import as_examples, check_same, flatten, mask
 from kdflax.losses._numerics import adaptive_average_pool, l2_normalize
 from kdflax.losses.features import check_maps, map_pair, per_example
 
@@ -145,4 +145,4 @@ def _attention(features: jax.Array, power: float) -> jax.Array:
 
 def _unit_map(values: jax.Array) -> jax.Array:
   """`[batch, ...] -> [batch, positions]`, each map of length 1."""
-  return l2_normalize(values.reshape(values.shape[0], -1))
+  return l2_normalize(flatten(values))

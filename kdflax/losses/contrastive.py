@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from kdflax.losses._examples import AxisName, all_rows, as_examples, check_same, hyper_parameters, mask
+from kdflax.losses._examples import AxisName, all_rows, as_examples, check_same, flatten, hyper_parameters, mask
 from kdflax.losses._numerics import after, inner_products, l2_normalize
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -252,9 +252,7 @@ def info_nce(
   arXiv 1807.03748. One direction: student anchors among teacher embeddings; swap the arguments for the other.
   """
   check_same("shape", student=jnp.shape(student), teacher=jnp.shape(teacher))
-  student, teacher = (
-    l2_normalize(x.reshape(x.shape[0], -1)) for x in as_examples(where, lead=1, student=student, teacher=teacher)
-  )
+  student, teacher = (l2_normalize(flatten(x)) for x in as_examples(where, lead=1, student=student, teacher=teacher))
   (temperature,) = hyper_parameters(student.shape[:1], where, student.dtype, temperature=temperature)
   logits = inner_products(student, all_rows(teacher, axis_name)) / temperature[..., None]
   counts = jnp.ones(student.shape[:1], bool) if where is None else jnp.asarray(where)

@@ -139,7 +139,7 @@ def vid(
   predicted_mean, teacher = _same_shape(where, predicted_mean=predicted_mean, teacher=teacher)
   spread = _like(teacher, variance=variance)
   if where is not None and spread.ndim == teacher.ndim:  # one for each example: 1 where masked, whose logarithm is 0
-    spread = jnp.where(jnp.asarray(where).reshape(-1, *[1] * (teacher.ndim - 1)), spread, 1)
+    spread = jnp.where(jnp.expand_dims(where, tuple(range(1, teacher.ndim))), spread, 1)
   likelihood = jnp.square(predicted_mean - teacher) / spread + jnp.log(spread)
   return mask(per_example(jnp.mean, likelihood) / 2, where)
 

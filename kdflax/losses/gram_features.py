@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kdflax.losses._examples import as_examples, check_same, mask
-from kdflax.losses._numerics import after, l2_normalize, pool_to_common_size, safe_divide
+from kdflax.losses._numerics import after, gram_difference, l2_normalize, pool_to_common_size, safe_divide
 from kdflax.losses.features import check_maps, map_pair
 
 _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -57,9 +57,9 @@ def fsp(
     flow = lambda block, last: _product("bnc,bnd->bcd", block, last) / last.shape[1]
     return jnp.square(flow(student_block, student_last) - flow(teacher_block, teacher_last)).sum(axis=(1, 2))
 
-  firsts = student_first, teacher_first
-  total = _sum_over_channels(distance, firsts, _size(*firsts) // (2 * student_last.shape[-1]))
-  return mask(total / (student_first.shape[-1] * student_last.shape[-1]), where)
+  channels = student_last.shape[-1]
+  total = _sum_over_channels(distance, (student_first, teacher_first), _size(*student, *teacher) // (2 * channels))
+  return mask(total / (student_first.shape[-1] * channels), where)
 
 
 def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -91,9 +91,11 @@ def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = Non
   student, teacher = (l2_normalize(_positions(f), axis=1) for f in map_pair(student, teacher, where))
   (_, positions, s), (_, _, t) = student.shape, teacher.shape
   if positions * (s + t) <= s * s + t * t + s * t:
-    # The mean of (a . b)^2 is the inner product of the mean outer products, so the three terms are one square.
-    outer = lambda unit: _product("bnc,bmc->bnm", unit, unit) / unit.shape[-1]
-    return mask(jnp.square(outer(student) - outer(teacher)).sum(axis=(1, 2)), where)
+    # The mean of (a . b)^2 is the inner product of the mean outer products, so the three terms are one square. Channels
+    # of zero, which add nothing to an outer product, make the widths equal.
+    share = lambda unit, width: jnp.pad(unit / math.sqrt(width), ((0, 0), (0, 0), (0, max(s, t) - width)))
+    outer_difference = jax.vmap(gram_difference)(share(student, s), share(teacher, t))
+    return mask(jnp.square(outer_difference).sum(axis=(1, 2)), where)
   between = lambda a, b: _product("bnc,bnd->bcd", a, b)
   if s == t:
     # The same square by channels, from AA' - BB' = (P'D + D'P) / 2 with P = A + B and D = A - B: with the three terms
@@ -133,14 +135,19 @@ def inter_channel_correlation(student: jax.Array, teacher: jax.Array, *, where: 
   _check_channels(student=student, teacher=teacher)
   student, teacher = as_examples(where, lead=1, student=student, teacher=teacher)
 
-  def distance(maps):
-    # A few examples at a time and once more in the backward pass: Gram matrices of them all may dwarf the maps.
-    rows, targets = (l2_normalize(_product("nc,nd->cd", x, x)) for x in maps)
-    return jnp.square(rows - targets).sum(axis=-1).mean()
-
   maps = _positions(student), _positions(teacher)
-  at_once = max(1, min(x.size for x in maps) // (4 * student.shape[-1] ** 2))
-  return mask(jax.lax.map(jax.checkpoint(distance), maps, batch_size=at_once), where)
+  channels, allowed = student.shape[-1], min(x.size for x in maps) // 4
+
+  def of_example(of_maps):
+    def distance(*blocks):
+      rows, targets = (l2_normalize(_product("nc,nd->cd", block, x)) for block, x in zip(blocks, of_maps, strict=True))
+      return jnp.square(rows - targets).sum()
+
+    return _sum_over_channels(distance, of_maps, allowed // channels) / channels
+
+  # A few examples at a time and once more in the backward pass: Gram matrices of them all may dwarf the maps.
+  at_once = max(1, allowed // channels**2)
+  return mask(jax.lax.map(jax.checkpoint(of_example), maps, batch_size=at_once), where)
 
 
 def kdsvd(
@@ -268,12 +275,12 @@ def _sum_over_channels(distance: Callable[..., jax.Array], maps: tuple[jax.Array
   So products of all channels with all channels, which may be many times the maps, are never held.
 
   Args:
-    distance: of blocks `[batch, n, some channels]` of all maps, gives `[batch]`.
-    maps: `[batch, n, channels]`.
+    distance: of blocks `[..., n, some channels]` of all maps, gives an array.
+    maps: `[..., n, channels]`.
     at_once: so many channels at most, but one at least; those of a block divide the channels.
 
   Returns:
-    `[batch]`.
+    The sum of those arrays.
   """
   channels = maps[0].shape[-1]
   if at_once >= channels:
@@ -292,7 +299,7 @@ def _size(*arrays: jax.Array) -> int:
 
 def _positions(features: jax.Array) -> jax.Array:
   """`[batch, ..., channels] -> [batch, positions, channels]`."""
-  return features.reshape(features.shape[0], -1, features.shape[-1])
+  return features.reshape(features.shape[0], math.prod(features.shape[1:-1]), features.shape[-1])
 
 
 def _layer_pairs(

@@ -14,7 +14,7 @@ import optax
 
 from kdflax.losses._angles import Sides, angle_sums
 from kdflax.losses._differences import anywhere, squared_distances
-from kdflax.losses._examples import AxisName, all_rows, all_sum, as_examples, hyper_parameters, mask
+from kdflax.losses._examples import AxisName, all_rows, all_sum, as_examples, flatten, hyper_parameters, mask
 from kdflax.losses._numerics import inner_products, l2_normalize, log1p_remainder, safe_divide, safe_sqrt
 
 
@@ -51,7 +51,7 @@ class _Pairs(NamedTuple):
 def _batch(
   student: jax.Array, teacher: jax.Array, where: jax.Array | None, axis_name: AxisName
 ) -> tuple[_Rows, _Rows, _Pairs]:
-  student, teacher = (x.reshape(x.shape[0], -1) for x in as_examples(where, lead=1, student=student, teacher=teacher))
+  student, teacher = (flatten(x) for x in as_examples(where, lead=1, student=student, teacher=teacher))
   local = jnp.ones(student.shape[:1], bool) if where is None else jnp.asarray(where)
   everyone = all_rows(local, axis_name)
   first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * local.size
@@ -292,6 +292,8 @@ def rkd_angle(
   if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
     raise ValueError(f"chunk must be a positive int; got {chunk!r}")
   student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
+  if not pairs.present.size:
+    return student_rows.local.sum(axis=1)  # of no example, over which no loop can run
   sides, close = zip(*(_sides(rows, pairs, axis_name) for rows in (student_rows, teacher_rows)), strict=True)
   by = lambda size: functools.partial(angle_sums, size)
   total = by(chunk)(*sides) if chunk else jax.lax.platform_dependent(*sides, cpu=by(1), default=by(16))

@@ -214,6 +214,12 @@ def test_degenerate_inputs_stay_finite(case):
 
 
 @each_case
+def test_an_empty_batch_has_no_values(case):
+  values, gradients = jax.eval_shape(_compiled(str(case)), cast(inputs_of(case, 0), "float32"), dict(case.hyper), None)
+  assert values.shape == (0,) and all(len(gradient) == 0 for gradient in gradients)
+
+
+@each_case
 def test_equal_student_and_teacher(case):
   if not case.zero_at_equality:
     pytest.skip("not zero by definition")

@@ -80,9 +80,10 @@ def test_nst_holds_nothing_larger_than_its_inputs_or_a_gram_matrix(shape):
   assert largest <= 2 * max(positions * channels, min(positions, channels) ** 2)
 
 
-def test_nst_keeps_its_digits_where_student_and_teacher_are_close():
-  student = np.asarray(maps(2, 6, 6, 3))
-  teacher = student + np.float32(1e-3) * np.asarray(maps(2, 6, 6, 3, seed=1))
+@pytest.mark.parametrize("channels", [3, 40])
+def test_nst_keeps_its_digits_where_student_and_teacher_are_close(channels):
+  student = np.asarray(maps(2, 6, 6, channels))
+  teacher = student + np.float32(1e-3) * np.asarray(maps(2, 6, 6, channels, seed=1))
   gradient = jax.value_and_grad(lambda s, t: losses.nst(s, t).sum())
   got = gradient(student, teacher)
   with jax.enable_x64(True):
@@ -91,15 +92,16 @@ def test_nst_keeps_its_digits_where_student_and_teacher_are_close():
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * np.abs(y).max())
 
 
-@pytest.mark.parametrize("name", ["fsp", "kdsvd"])
+@pytest.mark.parametrize("name", ["fsp", "kdsvd", "inter_channel_correlation"])
 def test_products_of_all_channels_with_all_are_never_held(name):
   """And a few channels at a time give what all at once do."""
   student, teacher = maps(2, 2, 2, 48), maps(2, 2, 2, 48, seed=1)
-  loss = jax.jit(lambda s: getattr(losses, name)(s, student, teacher, teacher))
+  rest = (teacher,) if name == "inter_channel_correlation" else (student, teacher, teacher)
+  loss = jax.jit(lambda s: getattr(losses, name)(s, *rest))
   memory = jax.jit(jax.grad(lambda s: loss(s).sum())).lower(student).compile().memory_analysis().temp_size_in_bytes
   assert memory < 2 * 48 * 48 * 4  # one such array of the batch; a map has a twelfth of that
-  if name == "fsp":  # kdsvd leaves its signs to the decomposition
-    expected = family_features.fsp(*(np.float64(x) for x in (student, student, teacher, teacher)))
+  if name != "kdsvd":  # which leaves its signs to the decomposition
+    expected = getattr(family_features, name)(*(np.float64(x) for x in (student, *rest)))
     np.testing.assert_allclose(loss(student), expected, rtol=1e-5)
 
 
