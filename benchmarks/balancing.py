@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import environment, peak_of_a_step, report, tensor, time_interleaved
+from benchmarks.harness import environment, extra_memory, peak_of_a_step, report, tensor, time_interleaved
 from kdflax import balancing
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a call of microseconds waits for a second thread
@@ -166,7 +166,7 @@ def gradient_rows(sizes, repeats):
     for label, batch_size in (("kdflax vmap", None), ("kdflax map", 1)):
       compiled = jax.jit(functools.partial(step, batch_size=batch_size)).lower(*arrays).compile()
       functions[label] = lambda compiled=compiled, arrays=arrays: jax.block_until_ready(compiled(*arrays))
-      memory[label] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+      memory[label] = extra_memory(compiled)
 
     functions["torchjd"] = torch_gradients(tasks)
     memory["torchjd"] = peak_of_a_step(torch_gradients, (tasks,), (2, 4))
@@ -191,8 +191,8 @@ def main(argv=None):
   report("balancing_weightings", title, weighting_rows((3, 8) if smoke else (3, 8, 16, 32, 64), repeats), machine)
   title = f"Gradients of T tasks over a trunk of {WIDTHS[:-1]}, batch {BATCH}, MGDA and combination"
   notes = (
-    "MiB, per-task gradients included: for kdflax the temporary memory of the compiled step, for TorchJD the growth of "
-    "the peak resident memory of a process of its own."
+    "MiB, per-task gradients included: for kdflax what the compiled step needs beyond its arguments, for TorchJD the "
+    "growth of the peak resident memory of a process of its own."
   )
   report("balancing_gradients", title, gradient_rows((2,) if smoke else (2, 5, 10, 20), repeats), machine, notes)
 

@@ -2,7 +2,8 @@
 
 Float32, the mean over a batch and its gradient with respect to the student. PyTorch runs each formula as the usual
 training scripts write it, on its own layout (channels first, contiguous); kdflax runs under jit, channels last. Extra
-memory is what the compiled program needs at once beyond its arguments and results.
+memory is what a step needs at once beyond its inputs, its gradient included: of kdflax as the compiler plans it, of
+PyTorch by the growth of a process's peak, or on a GPU of its allocator's.
 """
 
 import argparse
@@ -147,46 +148,51 @@ def name_of(case: Case) -> str:
   return case.peer.__name__.removeprefix("peer_") if case.loss is not losses.hint else "hint"
 
 
-def measure(case: Case, batch: int, repeats: int) -> dict:
+def maps_of(case: Case, batch: int) -> list[np.ndarray]:
   rng = np.random.default_rng(0)
-  arrays = [rng.normal(size=(batch, *shape)).astype(np.float32) for shape in case.shapes]
-  students = len(arrays) // 2
+  return [rng.normal(size=(batch, *shape)).astype(np.float32) for shape in case.shapes]
+
+
+def peer_step(name: str, batch: int) -> Callable:
+  """A step of PyTorch on maps of its own, returning the loss and the gradient of the first map."""
+  case = next(case for case in CASES if name_of(case) == name)
+  maps = [harness.tensor(np.moveaxis(a, -1, 1)) for a in maps_of(case, batch)]
+
+  def step():
+    leaves = [t.detach().requires_grad_(i < len(maps) // 2) for i, t in enumerate(maps)]
+    value = case.peer(*leaves)
+    value.backward()
+    return value, leaves[0].grad
+
+  return step
+
+
+def measure(case: Case, batch: int, repeats: int) -> dict:
+  arrays = maps_of(case, batch)
   inputs = [jnp.asarray(a) for a in arrays]
-  gradient = jax.value_and_grad(lambda *maps: losses.masked_mean(case.loss(*maps)), tuple(range(students)))
+  students = tuple(range(len(arrays) // 2))
+  gradient = jax.value_and_grad(lambda *maps: losses.masked_mean(case.loss(*maps)), students)
   compiled = jax.jit(gradient).lower(*inputs).compile()
-  extra = compiled.memory_analysis().temp_size_in_bytes
-  row = {
-    "loss": name_of(case),
-    "maps": ", ".join("x".join(map(str, shape)) for shape in dict.fromkeys(case.shapes)),
-  }
+  name, megabytes = name_of(case), 2**20
+  row = {"loss": name, "maps": ", ".join("x".join(map(str, shape)) for shape in dict.fromkeys(case.shapes))}
   functions = {"kdflax": lambda: jax.block_until_ready(compiled(*inputs))}
+  memory = {"kdflax extra (MB)": harness.extra_memory(compiled)}
   if torch is not None:
-    channels_first = [harness.tensor(np.moveaxis(a, -1, 1)) for a in arrays]
-
-    def peer():
-      leaves = [t.detach().requires_grad_(i < students) for i, t in enumerate(channels_first)]
-      value = case.peer(*leaves)
-      value.backward()
-      return value, leaves[0].grad
-
-    functions["torch"] = peer
+    functions["torch"] = peer_step(name, batch)
     value, gradients = compiled(*inputs)
-    expected, expected_gradient = peer()
+    expected, expected_gradient = functions["torch"]()
     expected_gradient = np.moveaxis(expected_gradient.numpy(force=True), 1, -1)
     difference = np.linalg.norm(np.asarray(gradients[0]) - expected_gradient) / np.linalg.norm(expected_gradient)
     row |= {
       "value differs by": abs(float(value) / expected.item() - 1),
       "gradient differs by": float(difference),
     }
+    memory["torch extra (MB)"] = harness.peak_of_a_step(peer_step, (name, batch), (name, 1))
   times = {name: time for name, (time, _, _) in harness.time_interleaved(functions, repeats=repeats).items()}
   row |= {f"{name} (ms)": time for name, time in times.items()}
   if torch is not None:
     row["times faster"] = times["torch"] / times["kdflax"]
-  megabytes = 2**20
-  return row | {
-    "inputs (MB)": sum(a.nbytes for a in arrays) / megabytes,
-    "extra memory (MB)": extra / megabytes,
-  }
+  return row | {"inputs (MB)": sum(a.nbytes for a in arrays) / megabytes} | memory
 
 
 def main() -> None:
@@ -201,7 +207,8 @@ def main() -> None:
   cases = [case for case in CASES if arguments.only in name_of(case)]
   rows = [measure(case, arguments.batch, arguments.repeats) for case in cases]
   notes = (
-    f"Batch {arguments.batch}, float32, forward and backward, medians. PyTorch's formulas are the usual ones. "
+    f"Batch {arguments.batch}, float32, forward and backward, medians. PyTorch's formulas are the usual ones. Extra "
+    "memory includes the gradient: of kdflax as the compiler plans it, of PyTorch the growth of a process's peak. "
     "KDSVD differs where the two decompositions turn a singular vector the other way, which the method leaves open."
   )
   harness.report("features", "Feature losses against PyTorch", rows, machine, notes)

@@ -4,6 +4,7 @@ Both sides run on jax's default device: on a GPU PyTorch does too, and the resul
 the card.
 """
 
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -91,6 +92,12 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
   return median, lower, upper
 
 
+def extra_memory(compiled) -> float:
+  """MB that a compiled program of jax needs at once beyond its arguments: temporary buffers, and results of its own."""
+  memory = compiled.memory_analysis()
+  return (memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**20
+
+
 def peak_of_a_step(make: Callable[..., Callable[[], Any]], arguments: tuple, small: tuple) -> float:
   """MB that one call of `make(*arguments)`, of PyTorch, needs beyond what there is before it; NaN if it dies.
 
@@ -112,8 +119,10 @@ def peak_of_a_step(make: Callable[..., Callable[[], Any]], arguments: tuple, sma
 
 
 def _peak_of_a_step(make, arguments, small, queue):
-  step = make(*arguments)
   make(*small)()
+  step = make(*arguments)
+  ctypes.CDLL(None).malloc_trim(0)  # what is free already is not free to use
+  pathlib.Path("/proc/self/clear_refs").write_text("5")  # from here on Linux looks for the peak anew
   before = _peak()
   step()
   queue.put(_peak() - before)

@@ -2,7 +2,8 @@
 
 Float32, the mean over a batch and its gradient with respect to the student. PyTorch runs each formula as the usual
 training scripts write it, with two threads. `256 x 100` is a batch of CIFAR-100, `64 x 32000` are tokens of a language
-model. Extra memory is what the compiled program needs at once beyond its arguments and results.
+model. Extra memory is what a step needs at once beyond its inputs, its gradient included: of kdflax as the compiler
+plans it, of PyTorch by the growth of a process's peak, or on a GPU of its allocator's.
 """
 
 import argparse
@@ -144,36 +145,52 @@ CASES = [
 ]
 
 
-def measure(case: Case, batch: int, classes: int, repeats: int) -> dict:
+def name_of(case: Case) -> str:
+  return case.peer.__name__.removeprefix("peer_")
+
+
+def inputs_of(case: Case, batch: int, classes: int) -> list[np.ndarray]:
   rng = np.random.default_rng(0)
-  student, teacher = 3 * rng.normal(size=(2, batch, classes)).astype(np.float32)
-  labels = (rng.integers(classes, size=batch),) if case.labels else ()
-  inputs = [jnp.asarray(x) for x in (student, teacher, *labels)]
+  logits = 3 * rng.normal(size=(2, batch, classes)).astype(np.float32)
+  return [*logits, rng.integers(classes, size=batch)] if case.labels else [*logits]
+
+
+def peer_step(name: str, batch: int, classes: int) -> Callable:
+  """A step of PyTorch on logits of its own, returning the loss and its gradient."""
+  case = next(case for case in CASES if name_of(case) == name)
+  student, *rest = (harness.tensor(x) for x in inputs_of(case, batch, classes))
+
+  def step():
+    leaf = student.detach().requires_grad_()
+    value = case.peer(leaf, *rest)
+    value.backward()
+    return value, leaf.grad
+
+  return step
+
+
+def measure(case: Case, batch: int, classes: int, repeats: int) -> dict:
+  arrays = inputs_of(case, batch, classes)
+  inputs = [jnp.asarray(x) for x in arrays]
   gradient = jax.value_and_grad(lambda *arrays: losses.masked_mean(case.loss(*arrays)))
   compiled = jax.jit(gradient).lower(*inputs).compile()
-  row = {"loss": case.peer.__name__.removeprefix("peer_"), "logits": f"{batch} x {classes}"}
+  row = {"loss": name_of(case), "logits": f"{batch} x {classes}"}
   functions = {"kdflax": lambda: jax.block_until_ready(compiled(*inputs))}
+  memory = {"kdflax extra (MB)": harness.extra_memory(compiled)}
   if torch is not None and not (case.only_small and classes > 1000):
-    arrays = [harness.tensor(x) for x in (student, teacher, *labels)]
-
-    def peer():
-      leaf = arrays[0].detach().requires_grad_()
-      value = case.peer(leaf, *arrays[1:])
-      value.backward()
-      return value, leaf.grad
-
-    functions["torch"] = peer
-    (value, slope), (expected, expected_slope) = compiled(*inputs), peer()
+    functions["torch"] = peer_step(name_of(case), batch, classes)
+    (value, slope), (expected, expected_slope) = compiled(*inputs), functions["torch"]()
     expected_slope = expected_slope.numpy(force=True)
     difference = np.linalg.norm(np.asarray(slope) - expected_slope) / np.linalg.norm(expected_slope)
     row |= {"value differs by": abs(float(value) / expected.item() - 1), "gradient differs by": float(difference)}
+    memory["torch extra (MB)"] = harness.peak_of_a_step(
+      peer_step, (name_of(case), batch, classes), (name_of(case), 2, 3)
+    )
   times = {name: time for name, (time, _, _) in harness.time_interleaved(functions, repeats=repeats).items()}
   row |= {f"{name} (ms)": time for name, time in times.items()}
   if "torch" in times:
     row["times faster"] = times["torch"] / times["kdflax"]
-  megabytes = 2**20
-  row["inputs (MB)"] = (student.nbytes + teacher.nbytes) / megabytes
-  return row | {"extra memory (MB)": compiled.memory_analysis().temp_size_in_bytes / megabytes}
+  return row | {"inputs (MB)": sum(x.nbytes for x in arrays[:2]) / 2**20} | memory
 
 
 def main() -> None:
@@ -184,7 +201,7 @@ def main() -> None:
   machine = harness.environment("torch")
   if torch is not None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-  cases = [case for case in CASES if arguments.only in case.peer.__name__]
+  cases = [case for case in CASES if arguments.only in name_of(case)]
   rows = [measure(case, *shape, arguments.repeats) for shape in SHAPES for case in cases]
   harness.report("logits", "Losses on logits against PyTorch", rows, machine, __doc__.split("\n\n", 1)[1].strip())
 
