@@ -32,6 +32,8 @@ def as_examples(where: jax.Array | None, *, lead: int | None = None, **arrays: j
       raise ValueError(f"{name} must be floating; got {array.dtype}{list(array.shape)}. Cast it, e.g. to float32.")
     if array.ndim < (1 if lead is None else lead):
       raise ValueError(f"{name} needs at least {lead or 1} axes; got shape {array.shape}")
+    if 0 in array.shape[-1 if lead is None else lead :]:
+      raise ValueError(f"only axes that count examples may be empty in {name}; got shape {array.shape}")
   shapes = {name: array.shape[: array.ndim - 1 if lead is None else lead] for name, array in converted.items()}
   check_same("leading (example) axes", **shapes)
   examples = next(iter(shapes.values()))
@@ -51,6 +53,8 @@ def hyper_parameters(
   """
   found = []
   for name, value in hyper.items():
+    if value is None or isinstance(value, str):
+      raise ValueError(f"{name} must be a number or an array; got {value!r}")
     check_broadcasts(name, jnp.shape(value), "the examples", examples)
     value = jnp.asarray(value, dtype)
     found.append(value if where is None or not value.ndim else jnp.where(jnp.asarray(where), value, 0.5))
@@ -61,7 +65,8 @@ def check_broadcasts(name: str, shape: tuple[int, ...], what: str, wanted: tuple
   """Raises a ValueError unless a shape broadcasts to the one wanted."""
   sizes = zip(reversed(shape), reversed(wanted), strict=False)
   if len(shape) > len(wanted) or any(size not in (1, want) for size, want in sizes):
-    raise ValueError(f"{name} must be a number or broadcast to the shape of {what}, {wanted}; got shape {shape}")
+    may = f"a number or broadcast to the shape of {what}, {wanted}" if wanted else "a single number"
+    raise ValueError(f"{name} must be {may}; got shape {shape}")
 
 
 def check_same(what: str, **shapes: tuple[int, ...]) -> None:

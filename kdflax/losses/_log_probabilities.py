@@ -44,11 +44,6 @@ def log_softmax(logits: jax.Array, temperature: jax.Array) -> jax.Array:
   return _normalize(soften(logits, temperature))
 
 
-def softmax(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-  """`softmax(logits / T)`."""
-  return _softmax(soften(logits, temperature))
-
-
 # The functions below bring their own derivatives: shorter than what differentiating each operation would give, and
 # without the selections that keep -inf out of that. XLA compiles them several times faster for a CPU.
 
@@ -62,7 +57,7 @@ def along(tangents: Sequence[jax.Array | SymbolicZero], *slopes: jax.Array) -> j
 
 def log_ratio(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   """`log q_c - log p_c`, 0 for a class that is impossible for either."""
-  return jnp.where((log_p > -jnp.inf) & (log_q > -jnp.inf), log_q - log_p, 0)
+  return jnp.where((log_p == -jnp.inf) | (log_q == -jnp.inf), 0, log_q - log_p)
 
 
 @jax.custom_jvp
@@ -72,7 +67,7 @@ def _divide(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 
 def _divide_jvp(primals, tangents):
   logits, temperature = primals
-  finite = jnp.where(logits > -jnp.inf, logits, 0)
+  finite = jnp.where(logits == -jnp.inf, 0, logits)
   return _divide(*primals), along(tangents, 1 / temperature, -finite / temperature**2)
 
 
@@ -91,14 +86,14 @@ def _normalize_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def _softmax(logits: jax.Array) -> jax.Array:
+def softmax(logits: jax.Array) -> jax.Array:
   exponentials = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
   return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-@_softmax.defjvp
+@softmax.defjvp
 def _softmax_jvp(primals, tangents):
-  q, moved = _softmax(*primals), tangents[0]
+  q, moved = softmax(*primals), tangents[0]
   return q, q * (moved - jnp.sum(q * moved, axis=-1, keepdims=True))
 
 
@@ -109,12 +104,12 @@ def relative_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   Summed as `p_c (e^u - 1 - u)` with `u = log q_c - log p_c`, which is the same because p and q both sum to 1. No term
   is negative, so nearly equal distributions do not lose the small result in the rounding of their logarithms.
   """
-  possible = log_p > -jnp.inf
+  impossible = log_p == -jnp.inf
   p, q = jnp.exp(log_p), jnp.exp(log_q)
-  u = jnp.where(possible, log_q - log_p, 0)
+  u = jnp.where(impossible, 0, log_q - log_p)
   near = jnp.abs(u) < 1
   terms = jnp.where(near, p * exp_remainder(jnp.where(near, u, 0)), q - p - p * u)
-  return jnp.sum(jnp.where(possible, terms, q), axis=-1)
+  return jnp.sum(jnp.where(impossible, q, terms), axis=-1)
 
 
 def _relative_entropy_jvp(primals, tangents):

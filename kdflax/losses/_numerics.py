@@ -6,10 +6,10 @@ from jax.custom_derivatives import SymbolicZero
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
-  """Square root whose derivatives are 0 where x <= 0, and so is the value."""
-  positive = x > 0
-  # Both sides of the selection must be finite in every derivative: the root is taken of 1 where x is not positive.
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+  """Square root whose derivatives are 0 where x <= 0, and so is the value; NaN stays NaN."""
+  vanishes = x <= 0
+  # Both sides of the selection must be finite in every derivative: where it vanishes the root is taken of 1.
+  return jnp.where(vanishes, 0, jnp.sqrt(jnp.where(vanishes, 1, x)))
 
 
 def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -53,7 +53,10 @@ def _exp_remainder_jvp(primals, tangents):
 
 
 def l2_normalize(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
-  """x / ||x||; a zero vector stays zero and gets no gradient."""
+  """x / ||x||, whatever the scale of x; a zero vector stays zero and gets no gradient."""
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))
+  # A power of two about as large takes out the scale without rounding; so no square over- or underflows.
+  x = safe_divide(x, jax.lax.reduce_precision(largest, jnp.finfo(x.dtype).nexp, 0))
   return safe_divide(x, safe_sqrt(jnp.sum(x * x, axis=axis, keepdims=True)))
 
 

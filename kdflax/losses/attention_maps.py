@@ -1,5 +1,7 @@
 """Losses on maps of where something is in the image: `[batch, ..., channels] -> [batch]`."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -115,11 +117,13 @@ def class_attention_transfer(
       fit or `size` is not positive.
 
   Reference: Guo, Yan, Li and Lin, "Class Attention Transfer Based Knowledge Distillation", 2023, arXiv 2304.12777.
-  Like the authors' code this is a mean over the positions too. Their settings for training with labels (CAT-KD) turn
-  the normalisation off; those for the maps alone (CAT) keep it.
+  Like the authors' code this is a mean over the positions too. Their settings turn the normalisation off where student
+  and teacher are networks of one family, and keep it, some with `size=4`, between families.
   """
-  if size < 1:
-    raise ValueError(f"size must be positive; got {size}")
+  if not isinstance(size, int) or size < 1:
+    raise ValueError(f"size must be a positive int, not traced; got {size!r}")
+  if not isinstance(normalize, bool):
+    raise ValueError(f"normalize must be True or False, not traced; got {normalize!r}")
   check_maps(student=student, teacher=teacher)
   check_same("classes (the last axis)", student=jnp.shape(student)[-1:], teacher=jnp.shape(teacher)[-1:])
   student, teacher = as_examples(where, lead=1, student=student, teacher=teacher)
@@ -134,7 +138,7 @@ def class_attention_transfer(
 
 def _check_power(name: str, power: float) -> None:
   """Below 1 the derivative at zero would be infinite."""
-  if not isinstance(power, int | float) or not power >= 1:
+  if not isinstance(power, numbers.Real) or not power >= 1:
     raise ValueError(f"{name} must be a number, at least 1, and not traced; got {power}")
 
 

@@ -102,6 +102,8 @@ def crd(
   )
   indices = jnp.asarray(indices)
   _check_memory(student, indices, memory)
+  if not indices.size:
+    return student.sum(axis=-1), memory  # of no example
   num_examples = memory.student.shape[0]
   indices = jnp.where(indices < 0, num_examples, indices)  # which does not exist either
   temperature, momentum = hyper_parameters((), None, student.dtype, temperature=temperature, momentum=momentum)
@@ -257,7 +259,11 @@ def info_nce(
   logits = inner_products(student, all_rows(teacher, axis_name)) / temperature[..., None]
   counts = jnp.ones(student.shape[:1], bool) if where is None else jnp.asarray(where)
   candidates = all_rows(counts, axis_name)
-  own = jnp.sum(student * teacher, axis=-1) / temperature
-  # Where nobody counts the sum would be empty, and its logarithm without a derivative.
-  logits = jnp.where(candidates | ~candidates.any(), logits, -jnp.inf)
-  return mask(jax.nn.logsumexp(logits, axis=-1) - own, where)
+  first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * len(student)
+  is_own = first + jnp.arange(len(student))[:, None] == jnp.arange(candidates.size)
+  # log(1 + sum of the others over the own): where the own is by far the largest, all digits are in that sum.
+  further = logits - jnp.where(is_own, logits, 0).sum(axis=-1, keepdims=True)
+  further = jnp.where(candidates & ~is_own, further, -jnp.inf)
+  largest = jax.lax.stop_gradient(further.max(axis=-1, keepdims=True, initial=0))
+  others = jnp.exp(further - largest).sum(axis=-1)
+  return mask(largest[:, 0] + jnp.log1p(jnp.expm1(-largest[:, 0]) + others), where)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 
 from kdflax.losses._examples import mask
 from kdflax.losses._log_probabilities import (
@@ -17,6 +18,7 @@ from kdflax.losses._log_probabilities import (
   log_softmax,
   logit_pair,
   relative_entropy,
+  soften,
   softmax,
 )
 
@@ -29,14 +31,23 @@ def _log_probabilities(
   return [log_softmax(student, temperature), log_softmax(teacher, temperature), *others]
 
 
+@jax.custom_jvp
 def _log_mixture(log_p: jax.Array, log_q: jax.Array, alpha: jax.Array) -> jax.Array:
   """`log(alpha p + (1 - alpha) q)`."""
   alpha = alpha[..., None]
-  # A class impossible on both sides would have the derivative -inf - (-inf).
-  impossible = (log_p == -jnp.inf) & (log_q == -jnp.inf)
-  log_p, log_q = jnp.where(impossible, 0, log_p), jnp.where(impossible, 0, log_q)
-  mixture = jnp.logaddexp(jnp.log(alpha) + log_p, jnp.log1p(-alpha) + log_q)
-  return jnp.where(impossible, -jnp.inf, mixture)
+  return jnp.logaddexp(jnp.log(alpha) + log_p, jnp.log1p(-alpha) + log_q)
+
+
+def _log_mixture_jvp(primals, tangents):
+  log_p, log_q, alpha = primals
+  log_m, share = _log_mixture(*primals), alpha[..., None]
+  over = jnp.where(log_m == -jnp.inf, jnp.inf, log_m)  # a class impossible on both sides does not move
+  p_slope, q_slope = jnp.exp(jnp.log(share) + log_p - over), jnp.exp(jnp.log1p(-share) + log_q - over)
+  of_alpha = tangents[2] if isinstance(tangents[2], SymbolicZero) else tangents[2][..., None]
+  return log_m, along((*tangents[:2], of_alpha), p_slope, q_slope, jnp.exp(log_p - over) - jnp.exp(log_q - over))
+
+
+_log_mixture.defjvp(_log_mixture_jvp, symbolic_zeros=True)
 
 
 def forward_kl(
@@ -131,7 +142,28 @@ def total_variation(
   arXiv 2307.15190.
   """
   student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
-  return mask(jnp.abs(softmax(teacher, temperature) - softmax(student, temperature)).sum(axis=-1) / 2, where)
+  return mask(_total_variation(soften(student, temperature), soften(teacher, temperature)), where)
+
+
+@jax.custom_jvp
+def _total_variation(student: jax.Array, teacher: jax.Array) -> jax.Array:
+  q, p = softmax(student), softmax(teacher)
+  return jnp.sum(_side(q, p) * (q - p), axis=-1) / 2
+
+
+def _total_variation_jvp(primals, tangents):
+  q, p = (softmax(logits) for logits in primals)
+  side = _side(q, p)
+  slope = lambda r: r * (side - jnp.sum(r * side, axis=-1, keepdims=True)) / 2
+  return _total_variation(*primals), along(tangents, slope(q), -slope(p)).sum(axis=-1)
+
+
+_total_variation.defjvp(_total_variation_jvp, symbolic_zeros=True)
+
+
+def _side(q: jax.Array, p: jax.Array) -> jax.Array:
+  """The sign of `q - p`, 0 where they differ by rounding: equal logits may be compiled to unequal probabilities."""
+  return jnp.where(jnp.abs(q - p) <= 16 * jnp.finfo(q.dtype).eps * p, 0, jnp.sign(q - p))
 
 
 def skew_kl(
@@ -243,7 +275,7 @@ def jensen_shannon(
     if beta in (0, 1):
       end = forward_kl if beta == 0 else reverse_kl
       return end(student_logits, teacher_logits, temperature=temperature, where=where)
-  elif not isinstance(beta, Tracer) and not np.all((np.asarray(beta) > 0) & (np.asarray(beta) < 1)):
+  elif not isinstance(beta, Tracer) and np.any((np.asarray(beta) <= 0) | (np.asarray(beta) >= 1)):
     raise ValueError(f"an array beta must be inside (0, 1); 0 and 1 are forward_kl and reverse_kl; got {beta}")
   log_q, log_p, beta = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, beta=beta)
   return mask(_jensen_shannon(log_p, log_q, beta), where)

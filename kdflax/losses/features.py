@@ -98,7 +98,7 @@ def hierarchical_context(
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   difference = student - teacher  # pooling is linear, so one pool of the difference does for both
   total, weights, weight = per_example(jnp.mean, jnp.square(difference)), 1.0, 1.0
-  if isinstance(levels, int) or not all(isinstance(level, int) and level > 0 for level in levels):
+  if not isinstance(levels, Sequence) or not all(isinstance(level, int) and level > 0 for level in levels):
     raise ValueError(f"levels must be positive whole numbers such as (4, 2, 1); got {levels!r}")
   for level in levels:
     if level < difference.shape[1]:
@@ -171,7 +171,7 @@ def activation_boundary(
   """
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   margin = _like(teacher, margin=margin)
-  shortfall = jax.nn.relu(margin - jnp.where(teacher > 0, student, -student))
+  shortfall = jnp.maximum(margin - jnp.where(teacher > 0, student, jnp.where(teacher <= 0, -student, teacher)), 0)
   return mask(per_example(jnp.sum, jnp.square(shortfall)), where)
 
 
@@ -204,8 +204,8 @@ def ofd(
   """
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   target = jnp.maximum(teacher, _like(teacher, margin=margin))
-  matters = (teacher > 0) | (student > target)
-  return mask(per_example(jnp.sum, jnp.where(matters, jnp.square(student - target), 0)), where)
+  hidden = (teacher <= 0) & (student <= target)
+  return mask(per_example(jnp.sum, jnp.where(hidden, 0, jnp.square(student - target))), where)
 
 
 def ofd_margin(bn_scale: jax.Array, bn_bias: jax.Array) -> jax.Array:

@@ -228,8 +228,8 @@ def _paired_vectors(
 def _right_singular(features: jax.Array, count: int, done: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The largest singular values `[batch, count]` and their vectors `[batch, channels, count]`, as far as they exist."""
   _, values, vectors = _svd(after(_positions(features), done))
-  exist = values > _rounding(values)
-  return values[:, :count], jnp.where(exist[:, None], vectors, 0)[..., :count]
+  vanish = values <= _rounding(values)
+  return values[:, :count], jnp.where(vanish[:, None], 0, vectors)[..., :count]
 
 
 def _rounding(values: jax.Array) -> jax.Array:

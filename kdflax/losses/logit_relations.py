@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kdflax.losses._examples import AxisName, all_max, all_rows, all_sum, mask, masked_sum
-from kdflax.losses._log_probabilities import log_softmax, logit_pair, softmax
+from kdflax.losses._log_probabilities import log_softmax, logit_pair, soften, softmax
 from kdflax.losses._numerics import gram_difference, inner_products
 
 Reduction = Callable[[jax.Array], jax.Array]
@@ -183,7 +183,7 @@ def _probabilities(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """q and p, `[batch, classes]`, 0 for masked examples, and how many count on all devices."""
   student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
-  q, p = (mask(softmax(logits, temperature), where) for logits in (student, teacher))
+  q, p = (mask(softmax(soften(logits, temperature)), where) for logits in (student, teacher))
   return q.reshape(-1, q.shape[-1]), p.reshape(-1, p.shape[-1]), _count(q, where, axis_name)
 
 

@@ -203,7 +203,7 @@ def _decouple(logits: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.A
 
 def _cross_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   """`-sum_c p_c log q_c`, where a class with log p = -inf adds nothing."""
-  return -jnp.sum(jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, log_q, 0), axis=-1)
+  return -jnp.sum(jnp.exp(log_p) * jnp.where(log_p == -jnp.inf, 0, log_q), axis=-1)
 
 
 def standardize_logits(logits: jax.Array, *, axis: int = -1, epsilon: float | jax.Array = 1e-7) -> jax.Array:
@@ -234,7 +234,7 @@ def standardize_logits(logits: jax.Array, *, axis: int = -1, epsilon: float | ja
   if not -logits.ndim <= axis < logits.ndim:
     raise ValueError(f"axis must be one of the {logits.ndim} axes of logits {logits.shape}; got {axis}")
   logits = logits.astype(jnp.result_type(logits.dtype, jnp.float32))
-  possible = logits > -jnp.inf
+  possible = logits != -jnp.inf
   count = possible.sum(axis=axis, keepdims=True).astype(logits.dtype)
   total = lambda x: jnp.where(possible, x, 0).sum(axis=axis, keepdims=True)
   finite = jnp.where(possible, logits, 0)

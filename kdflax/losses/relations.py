@@ -132,7 +132,7 @@ def pkt(
     """`1 - k`, from distances of unit vectors: a common offset, which takes all k close to 1, costs no digits."""
     nonzero = rows.map(lambda features: features.any(axis=-1))
     quarter = _squared_distances(rows.map(l2_normalize), pairs, axis_name) / 4
-    quarter = jnp.where(quarter < 1, quarter, 1)  # beyond opposed is rounding
+    quarter = jnp.where(quarter > 1, 1, quarter)  # beyond opposed is rounding
     return jnp.where(pairs.valid, jnp.where(nonzero.local[:, None] & nonzero.everyone, quarter, 0.5), 0)
 
   student_part, teacher_part = dissimilarities(student_rows), dissimilarities(teacher_rows)

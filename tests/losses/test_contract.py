@@ -214,6 +214,23 @@ def test_degenerate_inputs_stay_finite(case):
 
 
 @each_case
+def test_nan_in_an_example_is_nan_in_its_value(case):
+  """A run that has diverged must be seen; a value that passes for one would hide a gradient of NaN."""
+  for i, array in enumerate(inputs_of(case)):
+    if array.dtype.kind == "f":
+      arrays = cast(inputs_of(case), "float32")
+      arrays[i] = arrays[i].at[(2, *[0] * (array.ndim - 1))].set(jnp.nan)
+      assert np.isnan(run(case, arrays)[0][2]), i
+
+
+def test_info_nce_keeps_its_digits_where_the_student_is_right():
+  student = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+  for rows in (student, student[:1]):
+    expected = family_contrastive.info_nce(*[np.float64(rows)] * 2, temperature=0.05)
+    np.testing.assert_allclose(losses.info_nce(rows, rows, temperature=0.05), expected, rtol=1e-4, atol=1e-15)
+
+
+@each_case
 def test_an_empty_batch_has_no_values(case):
   values, gradients = jax.eval_shape(_compiled(str(case)), cast(inputs_of(case, 0), "float32"), dict(case.hyper), None)
   assert values.shape == (0,) and all(len(gradient) == 0 for gradient in gradients)

@@ -190,6 +190,13 @@ def test_bfloat16_embeddings_and_zero_rows_stay_finite():
   assert after.student.dtype == jnp.float32 and all(np.isfinite(x).all() for x in after)
 
 
+def test_an_empty_batch_leaves_the_memory_as_it_is():
+  student, teacher, indices, memory = jax.tree.map(jnp.asarray, make())
+  values, after = losses.crd(student[:0], teacher[:0], indices[:0], memory)
+  assert values.shape == (0,)
+  jax.tree.map(np.testing.assert_array_equal, after, memory)
+
+
 def test_mistakes_are_named():
   student, teacher, indices, memory = jax.tree.map(jnp.asarray, make())
   with pytest.raises(ValueError, match=r"student_embeddings.*teacher_embeddings.*shape"):

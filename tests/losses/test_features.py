@@ -26,9 +26,10 @@ def on_layers(loss):
   "loss",
   ["cosine", "attention_transfer", "class_attention_transfer", "factor_transfer", "nst", "inter_channel_correlation"],
 )
-def test_scale_of_a_side_does_not_matter(loss):
+@pytest.mark.parametrize("scale", [3, 1e-12, 1e12])
+def test_scale_of_a_side_does_not_matter(loss, scale):
   loss = getattr(losses, loss)
-  np.testing.assert_allclose(loss(3 * STUDENT, 0.1 * TEACHER), loss(STUDENT, TEACHER), rtol=1e-5)
+  np.testing.assert_allclose(loss(scale * STUDENT, TEACHER / scale), loss(STUDENT, TEACHER), rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["attention_transfer", "factor_transfer", "nst"])
@@ -206,7 +207,11 @@ def test_kdsvd_rotates_equal_singular_values_as_one():
     (r"maps \[batch, \.\.\., channels\]", lambda: losses.nst(maps(2, 3), maps(2, 3))),
     (r"input_power.*1\.5", lambda: losses.factor_transfer(STUDENT, TEACHER, input_power=1.5)),
     (r"output_power.*0\.5", lambda: losses.factor_transfer(STUDENT, TEACHER, output_power=0.5)),
-    (r"size must be positive", lambda: losses.class_attention_transfer(STUDENT, TEACHER, size=0)),
+    (r"size must be a positive int.*got 0", lambda: losses.class_attention_transfer(STUDENT, TEACHER, size=0)),
+    (r"size.*got \(2, 2\)", lambda: losses.class_attention_transfer(STUDENT, TEACHER, size=(2, 2))),
+    (r"normalize.*got 1", lambda: losses.class_attention_transfer(STUDENT, TEACHER, normalize=1)),
+    (r"levels must be positive.*got None", lambda: losses.hierarchical_context(STUDENT, TEACHER, levels=None)),
+    (r"empty in student.*\(2, 0, 3, 5\)", lambda: losses.nst(STUDENT[:, :0], TEACHER)),
     (r"classes.*\(4,\).*\(5,\)", lambda: losses.class_attention_transfer(STUDENT[..., :4], TEACHER)),
     (r"variance.*\(2, 4, 3, 5\).*\(4,\)", lambda: losses.vid(STUDENT, TEACHER, variance=jnp.ones(4))),
     (r"margin.*\(2, 4, 3, 5\).*\(3,\)", lambda: losses.ofd(STUDENT, TEACHER, margin=-jnp.ones(3))),

@@ -94,6 +94,14 @@ def test_relational_distillation_ignores_a_translation(loss):
   np.testing.assert_allclose(loss(student + 1e3, teacher - 7), loss(student, teacher), rtol=1e-9)
 
 
+@by_name("loss", (losses.similarity_preserving, losses.pkt, losses.info_nce))
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_relations_of_directions_ignore_a_scale_whose_squares_leave_float32(loss, scale):
+  student, teacher = features().astype(np.float32)
+  scale = np.float32(scale)
+  np.testing.assert_allclose(loss(scale * student, teacher / scale), loss(student, teacher), rtol=1e-5)
+
+
 @pytest.mark.parametrize("width", [3, 512, 16384])
 def test_equal_rows_far_from_the_origin_are_at_distance_zero(width):
   student, teacher = 100 + features(batch=4, width=width).astype(np.float32)
@@ -244,6 +252,29 @@ def test_skewed_divergences_without_skew_are_the_two_directions():
   np.testing.assert_allclose(reverse(student, teacher, alpha=0.0), reverse_kl(student, teacher), rtol=1e-9)
 
 
+@by_name("loss", (losses.skew_kl, losses.reverse_skew_kl))
+@float64
+def test_a_share_has_a_derivative_where_it_is_zero(loss):
+  student, teacher = features()
+  total = lambda alpha: loss(student, teacher, alpha=alpha).sum()
+  np.testing.assert_allclose(jax.grad(total)(0.0), (total(1e-6) - total(0.0)) / 1e-6, rtol=1e-4)
+
+
+@by_name("loss", (losses.total_variation, losses.jensen_shannon, losses.forward_kl))
+@pytest.mark.parametrize("classes", [10, 4000])
+def test_equal_logits_have_no_gradient_however_they_are_compiled(loss, classes):
+  """Through operations of their own, as two models have, the two sides are compiled to different roundings."""
+  student = jax.random.normal(jax.random.key(0), (6, classes))
+  gradient = jax.jit(jax.grad(lambda s, t: loss(s, t).sum()))(student, jnp.array(student))
+  np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_a_masked_share_may_be_anything():
+  student, teacher = features(batch=2)
+  values = losses.jensen_shannon(student, teacher, beta=np.array([np.nan, 0.5]), where=np.array([False, True]))
+  np.testing.assert_allclose(values, [0, losses.jensen_shannon(student, teacher)[1]], rtol=1e-6)
+
+
 @float64
 def test_decoupled_parts_add_up_to_soft_targets():
   """KL(p || q) = KL(b_p || b_q) + (1 - p_y) KL(p^ || q^)."""
@@ -348,3 +379,7 @@ def test_settings_that_make_no_sense_are_named():
     losses.rkd_angle(x, x, chunk=2.0)
   with pytest.raises(ValueError, match=r"array beta must be inside \(0, 1\); 0 and 1 are forward_kl and reverse_kl"):
     losses.jensen_shannon(x, x, beta=np.array([0.0, 0.5, 1.0]))
+  with pytest.raises(ValueError, match="epsilon must be a single number; got shape"):
+    losses.pkt(x, x, epsilon=jnp.ones(3))
+  with pytest.raises(ValueError, match="temperature must be a number or an array; got None"):
+    losses.kl_soft_targets(x, x, temperature=None)
