@@ -1,5 +1,7 @@
 """Numerically safe pieces that several losses share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
@@ -54,10 +56,21 @@ def _exp_remainder_jvp(primals, tangents):
 
 def l2_normalize(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
   """x / ||x||, whatever the scale of x; a zero vector stays zero and gets no gradient."""
-  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))
-  # A power of two about as large takes out the scale without rounding; so no square over- or underflows.
-  x = safe_divide(x, jax.lax.reduce_precision(largest, jnp.finfo(x.dtype).nexp, 0))
-  return safe_divide(x, safe_sqrt(jnp.sum(x * x, axis=axis, keepdims=True)))
+  return safe_divide(x, _norm(axis, x))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _norm(axis: int | tuple[int, ...], x: jax.Array) -> jax.Array:
+  # A power of two about as large as x takes the scale out of the squares, without rounding.
+  scale = jax.lax.reduce_precision(jnp.sum(jnp.abs(x), axis=axis, keepdims=True), jnp.finfo(x.dtype).nexp, 0)
+  scale = jnp.where(scale > 0, scale, 1)
+  return scale * jnp.sqrt(jnp.sum(jnp.square(x / scale), axis=axis, keepdims=True))
+
+
+@_norm.defjvp
+def _norm_jvp(axis, primals, tangents):
+  norm = _norm(axis, *primals)
+  return norm, jnp.sum(safe_divide(primals[0], norm) * tangents[0], axis=axis, keepdims=True)
 
 
 def after(x: jax.Array, done: jax.Array) -> jax.Array:
