@@ -31,9 +31,13 @@ def squared_distances(
   scale = jnp.square(centred).sum(axis=-1)[:, None] + jnp.square(centred_others).sum(axis=-1)
   squared = scale - 2 * inner_products(centred, centred_others)
   close = distinct & (squared < scale / 256)
-  equal = (squared < 16 * jnp.finfo(squared.dtype).eps * scale) & _same_signature(rows, others)
-  again = lambda: _sums_of_squared_differences(rows, others, squared)
-  known = jax.lax.cond(anywhere(close & ~equal), again, lambda: jnp.where(equal, 0, squared))
+
+  def look_closer():
+    equal = (squared < 16 * jnp.finfo(squared.dtype).eps * scale) & _same_signature(rows, others)
+    again = lambda: sums_of_squared_differences(rows, others, squared)
+    return jax.lax.cond(anywhere(close & ~equal), again, lambda: jnp.where(equal, 0, squared))
+
+  known = jax.lax.cond(anywhere(close), look_closer, lambda: squared)
   return jnp.where(distinct, known, 0), scale
 
 
@@ -57,7 +61,7 @@ def _same_signature(rows: jax.Array, others: jax.Array) -> jax.Array:
   return first & second
 
 
-def _sums_of_squared_differences(rows: jax.Array, others: jax.Array, like: jax.Array) -> jax.Array:
+def sums_of_squared_differences(rows: jax.Array, others: jax.Array, like: jax.Array) -> jax.Array:
   """`sum_d (rows_nd - others_md)^2` like `like`, over a few d at a time: nothing of shape [n, m, d] is held."""
 
   @jax.checkpoint

@@ -142,6 +142,12 @@ def all_max(value: jax.Array, axis_name: AxisName) -> jax.Array:
   return value if axis_name is None else jax.lax.pmax(value, axis_name)
 
 
+def positions(local: int, axis_name: AxisName) -> jax.Array:
+  """Where this device's examples lie among those of all devices, `[local]`."""
+  first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * local
+  return first + jnp.arange(local)
+
+
 def all_rows(rows: jax.Array, axis_name: AxisName) -> jax.Array:
   """The rows of every device, stacked on the first axis in device order."""
   return rows if axis_name is None else jax.lax.all_gather(rows, axis_name, tiled=True)

@@ -29,7 +29,7 @@ def log1p_remainder(x: jax.Array) -> jax.Array:
   square, series = ratio * ratio, jnp.zeros_like(x)
   for odd in range(21, 1, -2):
     series = 2 / odd + square * series
-  return jnp.where(near, small * ratio - ratio * square * series, x - jnp.log1p(x))
+  return jnp.where(near, small * ratio - ratio * square * series, x - jnp.log(1 + x))
 
 
 @log1p_remainder.defjvp

@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from kdflax.losses._examples import AxisName, all_rows, as_examples, check_same, flatten, hyper_parameters, mask
+from kdflax.losses._examples import (
+  AxisName,
+  all_rows,
+  as_examples,
+  check_same,
+  flatten,
+  hyper_parameters,
+  mask,
+  positions,
+)
 from kdflax.losses._numerics import after, inner_products, l2_normalize
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -259,8 +268,7 @@ def info_nce(
   logits = inner_products(student, all_rows(teacher, axis_name)) / temperature[..., None]
   counts = jnp.ones(student.shape[:1], bool) if where is None else jnp.asarray(where)
   candidates = all_rows(counts, axis_name)
-  first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * len(student)
-  is_own = first + jnp.arange(len(student))[:, None] == jnp.arange(candidates.size)
+  is_own = positions(len(student), axis_name)[:, None] == jnp.arange(candidates.size)
   # log(1 + sum of the others over the own): where the own is by far the largest, all digits are in that sum.
   further = logits - jnp.where(is_own, logits, 0).sum(axis=-1, keepdims=True)
   further = jnp.where(candidates & ~is_own, further, -jnp.inf)

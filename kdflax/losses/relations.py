@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from kdflax.losses._angles import Sides, angle_sums
-from kdflax.losses._differences import anywhere, squared_distances
-from kdflax.losses._examples import AxisName, all_rows, all_sum, as_examples, flatten, hyper_parameters, mask
+from kdflax.losses._differences import anywhere, squared_distances, sums_of_squared_differences
+from kdflax.losses._examples import AxisName, all_rows, all_sum, as_examples, flatten, hyper_parameters, mask, positions
 from kdflax.losses._numerics import inner_products, l2_normalize, log1p_remainder, safe_divide, safe_sqrt
 
 
@@ -54,8 +54,7 @@ def _batch(
   student, teacher = (flatten(x) for x in as_examples(where, lead=1, student=student, teacher=teacher))
   local = jnp.ones(student.shape[:1], bool) if where is None else jnp.asarray(where)
   everyone = all_rows(local, axis_name)
-  first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * local.size
-  anchors = first + jnp.arange(local.size)
+  anchors = positions(local.size, axis_name)
   valid = local[:, None] & everyone
   distinct = valid & (anchors[:, None] != jnp.arange(everyone.size))
   pairs = _Pairs(anchors, everyone, valid, distinct, everyone.sum().astype(student.dtype))
@@ -128,24 +127,31 @@ def pkt(
   student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
   (epsilon,) = hyper_parameters((), None, student_rows.local.dtype, epsilon=epsilon)
 
-  def dissimilarities(rows: _Rows) -> jax.Array:
-    """`1 - k`, from distances of unit vectors: a common offset, which takes all k close to 1, costs no digits."""
+  def similarities(rows: _Rows) -> tuple[jax.Array, jax.Array]:
+    """k, and `1 - k` from distances of unit vectors: a common offset, which takes all k close to 1, costs no digits."""
     nonzero = rows.map(lambda features: features.any(axis=-1))
-    quarter = _squared_distances(rows.map(l2_normalize), pairs, axis_name) / 4
-    quarter = jnp.where(quarter > 1, 1, quarter)  # beyond opposed is rounding
-    return jnp.where(pairs.valid, jnp.where(nonzero.local[:, None] & nonzero.everyone, quarter, 0.5), 0)
+    known = pairs.valid & nonzero.local[:, None] & nonzero.everyone
+    units = rows.map(l2_normalize)
+    apart = _squared_distances(units, pairs, axis_name) / 4
+    opposed = known & (apart > 1 - 1 / 256)  # where k is the quarter of the squared length of a sum of unit vectors
+    of_sums = lambda: sums_of_squared_differences(units.local, -units.everyone, apart) / 4
+    alike = jax.lax.cond(anywhere(opposed), lambda: jnp.where(opposed, of_sums(), 1 - apart), lambda: 1 - apart)
+    unknown = jnp.where(pairs.valid, 0.5, 0)
+    return jnp.where(known, alike, unknown), jnp.where(known, apart, unknown)
 
-  student_part, teacher_part = dissimilarities(student_rows), dissimilarities(teacher_rows)
+  (student_k, student_rest), (teacher_k, teacher_rest) = similarities(student_rows), similarities(teacher_rows)
   of_student, of_teacher = (
-    jnp.maximum(pairs.counted, 1) - part.sum(axis=-1, keepdims=True) for part in (student_part, teacher_part)
+    jnp.maximum(pairs.counted, 1) - rest.sum(axis=-1, keepdims=True) for rest in (student_rest, teacher_rest)
   )
-  p = (1 - teacher_part) / of_teacher
-  further = student_part - teacher_part
+  p = teacher_k / of_teacher
+  # Of k and 1 - k the smaller has the digits of the difference.
+  further = jnp.where((student_k < 0.5) & (teacher_k < 0.5), teacher_k - student_k, student_rest - teacher_rest)
   gained = (p * further.sum(axis=-1, keepdims=True) - further) / of_student  # q - p, of which both are nearly equal
-  # p log(p / q) = p (w - log(1 + w)) + (p - q) with w = q / p - 1, and sum_j (p - q) = 0: without that term, which is
-  # larger than the result where student and teacher are close, the sum keeps its digits.
+  # With w = (q + e) / (p + e) - 1 the logarithm is -log(1 + w), and p (w - log(1 + w)) - p w = p (w - log(1 + w)) + e w
+  # + (p - q). As sum_j (p - q) = 0, the sum keeps its digits without that term, which is larger than the result where
+  # student and teacher are close.
   change = gained / (p + epsilon)
-  return pairs.mean_over_batch((p + epsilon) * log1p_remainder(change) + epsilon * jnp.log1p(change))
+  return pairs.mean_over_batch(p * log1p_remainder(change) + epsilon * change)
 
 
 def correlation_congruence(

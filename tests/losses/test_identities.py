@@ -94,6 +94,19 @@ def test_relational_distillation_ignores_a_translation(loss):
   np.testing.assert_allclose(loss(student + 1e3, teacher - 7), loss(student, teacher), rtol=1e-9)
 
 
+@pytest.mark.parametrize("spread", [0.1, 1e-2, 1e-3])
+def test_pkt_keeps_its_digits_where_rows_are_opposed(spread):
+  """Two classes that a student has collapsed lie opposite each other, where 1 + cos is a small difference."""
+  side = np.where(np.arange(12) % 2, 1, -1)[:, None] * features(seed=3, batch=1)[0]
+  student, teacher = (side + spread * features(seed=1, batch=12)).astype(np.float32)
+  gradient = jax.value_and_grad(lambda s, t: losses.pkt(s, t).sum())
+  got = gradient(student, teacher)
+  with jax.enable_x64(True):
+    exact = gradient(jnp.float64(student), jnp.float64(teacher))
+  for x, y in zip(got, exact, strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=2e-4 * np.abs(y).max())
+
+
 @by_name("loss", (losses.similarity_preserving, losses.pkt, losses.info_nce))
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_relations_of_directions_ignore_a_scale_whose_squares_leave_float32(loss, scale):
