@@ -213,9 +213,10 @@ def _standard_score(
   x: jax.Array, count: int | jax.Array, total: Reduction, spread: Reduction
 ) -> tuple[jax.Array, jax.Array]:
   """(x - mean) / ||x - mean|| and whether x varies; 0 where it does not."""
-  centred = x - spread(total(x) / count)
-  # The first mean is rounded: equal entries are now equal to 0. That changes nothing to differentiate.
-  centred -= spread(jax.lax.stop_gradient(total(centred) / count))
-  square, tolerance = total(jnp.square(centred)), 4 * jnp.finfo(x.dtype).eps
-  varies = square > tolerance**2 * jax.lax.stop_gradient(total(jnp.square(x)))
-  return centred * spread(jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, square, 1)), 0)), varies
+  mean = total(x) / count
+  centred = x - spread(mean)
+  # The mean is rounded: what is left of it makes equal entries equal to 0. That changes nothing to differentiate.
+  left = jax.lax.stop_gradient(total(centred) / count)
+  square, tolerance = total(jnp.square(centred)) - count * left**2, 4 * jnp.finfo(x.dtype).eps
+  varies = square > tolerance**2 * jax.lax.stop_gradient(square + count * mean**2)
+  return (centred - spread(left)) * spread(jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, square, 1)), 0)), varies
