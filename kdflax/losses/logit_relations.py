@@ -1,15 +1,18 @@
 """Losses on logits that compare examples with each other: DIST, and the two correlations of MLKD."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from kdflax.losses._examples import AxisName, all_max, all_rows, all_sum, mask, masked_sum
 from kdflax.losses._log_probabilities import log_softmax, logit_pair, soften, softmax
-from kdflax.losses._numerics import gram_difference, inner_products
+from kdflax.losses._numerics import gram_difference, inner_products, safe_divide
 
 Reduction = Callable[[jax.Array], jax.Array]
+_matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 def dist(
@@ -61,7 +64,7 @@ def dist(
   # Down the rows by matrix products: XLA's sum along that axis takes twenty times as long on a CPU, also as the
   # derivative of a broadcast.
   counted = jnp.ones(len(q), q.dtype) if where is None else jnp.asarray(where, q.dtype).reshape(-1)
-  down = lambda x: all_sum(jnp.matmul(counted, x, precision="highest"), axis_name)
+  down = lambda x: all_sum(_matmul(counted, x), axis_name)
   spread = lambda x: jnp.tensordot(jnp.ones(len(q), q.dtype), x, axes=0, precision="highest")
   within_class = _correlation_distance(q, p, count, down, spread)
   within_example, within_class = (
@@ -82,10 +85,12 @@ def class_correlation(
 ) -> jax.Array:
   """Squared difference of the class-by-class correlation matrices of a batch.
 
-  Matches which classes get probability together over the batch. The number belongs to the batch; the values are its
-  exact shares, of either sign, 0 where student equals teacher.
+  Matches which classes get probability together over the batch. The number belongs to the batch; each class shares out
+  its row among the examples, by the probability that they give it.
 
-    (B / K) (q_i + p_i)' D (q_i - p_i),   D = Q'Q - P'P,   of mean ||D||^2 / K;   Q, P the probabilities [B, K]
+    (B / K) sum_c u_ic ||D_c||^2,   D = Q'Q - P'P,   u_ic = (q_ic + p_ic) / sum_j (q_jc + p_jc),   of mean ||D||^2 / K
+
+  Q, P are the probabilities [B, K].
 
   Args:
     student_logits: `[..., classes]`; all leading axes together are the batch.
@@ -95,7 +100,8 @@ def class_correlation(
     axis_name: mapped axis over which the batch is spread, or None.
 
   Returns:
-    `[...]` in float32 or wider, 0 for masked examples. The memory is the smaller of batch^2 and classes^2.
+    `[...]` in float32 or wider, 0 for masked examples. The memory is O(classes^2), or O(batch classes) where there
+    are more than four times as many classes as examples.
 
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
@@ -105,15 +111,21 @@ def class_correlation(
   q, p, count = _probabilities(student_logits, teacher_logits, temperature, where, axis_name)
   classes = q.shape[-1]
   plus, minus = q + p, q - p
-  if classes <= len(q):
-    difference = all_sum(gram_difference(q.T, p.T), axis_name)
-    values = jnp.sum(inner_products(plus, difference) * minus, axis=-1)
+  down = lambda x: _matmul(jnp.ones(len(x), x.dtype), x)  # as in `dist`
+  if classes <= 4 * len(q):
+    if axis_name is None:
+      squares = _squared_gram_difference(q.T, p.T)
+    else:
+      squares = jnp.square(all_sum(gram_difference(q.T, p.T), axis_name)).sum(axis=-1)
   else:  # the same sums over the pairs of examples, never [classes, classes]
     all_plus, all_minus = all_rows(plus, axis_name), all_rows(minus, axis_name)
-    crossed = inner_products(plus, all_minus) * inner_products(minus, all_plus)
-    straight = inner_products(minus, all_minus) * inner_products(plus, all_plus)
-    values = jnp.sum(crossed + straight, axis=-1) / 2
-  return mask(count / classes * values.reshape(jnp.shape(student_logits)[:-1]), where)
+    products = lambda a, b, c: _matmul(inner_products(a, b), c)
+    crossed = products(minus, all_minus, all_plus) + 2 * products(minus, all_plus, all_minus)
+    rows = plus * crossed + minus * products(plus, all_plus, all_minus)
+    squares = all_sum(down(rows), axis_name) / 4
+  shares = safe_divide(plus, all_sum(down(plus), axis_name))
+  values = count / classes * _matmul(shares, squares)
+  return mask(values.reshape(jnp.shape(student_logits)[:-1]), where)
 
 
 def batch_correlation(
@@ -147,13 +159,29 @@ def batch_correlation(
   """
   q, p, _ = _probabilities(student_logits, teacher_logits, temperature, where, axis_name)
   if axis_name is None:
-    difference = gram_difference(q, p)
+    values = _squared_gram_difference(q, p)
   else:
     plus, minus = q + p, q - p
-    difference = (
-      inner_products(plus, all_rows(minus, axis_name)) + inner_products(minus, all_rows(plus, axis_name))
-    ) / 2
-  return mask(jnp.square(difference).sum(axis=-1).reshape(jnp.shape(student_logits)[:-1]), where)
+    twice = inner_products(plus, all_rows(minus, axis_name)) + inner_products(minus, all_rows(plus, axis_name))
+    values = jnp.square(twice / 2).sum(axis=-1)
+  return mask(values.reshape(jnp.shape(student_logits)[:-1]), where)
+
+
+@jax.custom_jvp
+def _squared_gram_difference(x: jax.Array, y: jax.Array) -> jax.Array:
+  """The squared lengths of the rows of `D = xx' - yy'`; its derivative knows that D is symmetric, and transposes none."""
+  return jnp.square(gram_difference(x, y)).sum(axis=-1)
+
+
+def _squared_gram_difference_jvp(primals, tangents):
+  difference = gram_difference(*primals)
+  signed = zip((1, -1), primals, tangents, strict=True)
+  halves = [sign * inner_products(moved, rows) for sign, rows, moved in signed if not isinstance(moved, SymbolicZero)]
+  products = difference * sum(halves[1:], start=halves[0])  # D moves by the halves and their transpose
+  return jnp.square(difference).sum(axis=-1), 2 * (products.sum(axis=1) + products.sum(axis=0))
+
+
+_squared_gram_difference.defjvp(_squared_gram_difference_jvp, symbolic_zeros=True)
 
 
 def _relative_to_class(
