@@ -169,7 +169,7 @@ def batch_correlation(
 
 @jax.custom_jvp
 def _squared_gram_difference(x: jax.Array, y: jax.Array) -> jax.Array:
-  """The squared lengths of the rows of `D = xx' - yy'`; its derivative knows that D is symmetric, and transposes none."""
+  """The squared lengths of the rows of `D = xx' - yy'`; the derivative uses that D is symmetric."""
   return jnp.square(gram_difference(x, y)).sum(axis=-1)
 
 
