@@ -9,7 +9,7 @@ distill: .venv/installed  ## the main job: teacher, students and their table on 
 	$(RUN) -m experiments.distill
 
 test: .venv/installed  ## the tests
-	@echo "== running the tests (ten to twenty minutes on two cores)"
+	@echo "== running the tests (about a quarter of an hour on two cores)"
 	$(RUN) -m pytest
 
 lint: .venv/installed  ## formatting, lint and types
