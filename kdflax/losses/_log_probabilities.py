@@ -87,6 +87,7 @@ def _normalize_jvp(primals, tangents):
 
 @jax.custom_jvp
 def softmax(logits: jax.Array) -> jax.Array:
+  """Probabilities of logits that the temperature has divided already."""
   exponentials = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
   return exponentials / exponentials.sum(axis=-1, keepdims=True)
 

@@ -1,6 +1,7 @@
 """Numerically safe pieces that several losses share."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,13 +115,18 @@ def gram_difference(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _gram_difference_jvp(primals, tangents):
-  signed = zip((1, -1), primals, tangents, strict=True)
-  halves = [sign * inner_products(moved, x) for sign, x, moved in signed if not isinstance(moved, SymbolicZero)]
-  half = sum(halves[1:], start=halves[0])
+  half = gram_difference_half_tangent(primals, tangents)
   return gram_difference(*primals), half + half.T
 
 
 gram_difference.defjvp(_gram_difference_jvp, symbolic_zeros=True)
+
+
+def gram_difference_half_tangent(primals: Sequence[jax.Array], tangents: Sequence[jax.Array | SymbolicZero]):
+  """`dx x' - dy y'` of the sides that move; the tangent of `gram_difference` is that and its transpose."""
+  signed = zip((1, -1), primals, tangents, strict=True)
+  halves = [sign * inner_products(moved, x) for sign, x, moved in signed if not isinstance(moved, SymbolicZero)]
+  return sum(halves[1:], start=halves[0])
 
 
 def adaptive_average_pool(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:

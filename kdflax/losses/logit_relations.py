@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from kdflax.losses._examples import AxisName, all_max, all_rows, all_sum, mask, masked_sum
 from kdflax.losses._log_probabilities import log_softmax, logit_pair, soften, softmax
-from kdflax.losses._numerics import gram_difference, inner_products, safe_divide
+from kdflax.losses._numerics import gram_difference, gram_difference_half_tangent, inner_products, safe_divide
 
 Reduction = Callable[[jax.Array], jax.Array]
 _matmul = functools.partial(jnp.matmul, precision="highest")
@@ -175,9 +174,7 @@ def _squared_gram_difference(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _squared_gram_difference_jvp(primals, tangents):
   difference = gram_difference(*primals)
-  signed = zip((1, -1), primals, tangents, strict=True)
-  halves = [sign * inner_products(moved, rows) for sign, rows, moved in signed if not isinstance(moved, SymbolicZero)]
-  products = difference * sum(halves[1:], start=halves[0])  # D moves by the halves and their transpose
+  products = difference * gram_difference_half_tangent(primals, tangents)
   return jnp.square(difference).sum(axis=-1), 2 * (products.sum(axis=1) + products.sum(axis=0))
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -49,3 +51,10 @@ def pairs_of(*shape, teacher=None):
     return rng.normal(size=(batch, *shape)), rng.normal(size=(batch, *(teacher or shape)))
 
   return inputs
+
+
+def in_float32_and_float64(function, *arrays):
+  """What a function of float32 arrays returns, and what it returns of the same numbers in float64."""
+  got = function(*arrays)
+  with jax.enable_x64(True):
+    return got, function(*(jnp.float64(array) for array in arrays))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from case import in_float32_and_float64
 from jax.scipy.stats import norm
 
 from kdflax import losses
@@ -86,9 +87,7 @@ def test_nst_keeps_its_digits_where_student_and_teacher_are_close(channels):
   student = np.asarray(maps(2, 6, 6, channels))
   teacher = student + np.float32(1e-3) * np.asarray(maps(2, 6, 6, channels, seed=1))
   gradient = jax.value_and_grad(lambda s, t: losses.nst(s, t).sum())
-  got = gradient(student, teacher)
-  with jax.enable_x64(True):
-    exact = gradient(jnp.float64(student), jnp.float64(teacher))
+  got, exact = in_float32_and_float64(gradient, student, teacher)
   for x, y in zip(got, exact, strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * np.abs(y).max())
 

@@ -2,11 +2,13 @@
 
 import functools
 
+import family_contrastive
 import family_relations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from case import in_float32_and_float64
 from family_divergences import forward_kl, jensen_shannon, reverse_kl
 from family_logits import softmax
 from jax.test_util import check_grads
@@ -100,11 +102,16 @@ def test_pkt_keeps_its_digits_where_rows_are_opposed(spread):
   side = np.where(np.arange(12) % 2, 1, -1)[:, None] * features(seed=3, batch=1)[0]
   student, teacher = (side + spread * features(seed=1, batch=12)).astype(np.float32)
   gradient = jax.value_and_grad(lambda s, t: losses.pkt(s, t).sum())
-  got = gradient(student, teacher)
-  with jax.enable_x64(True):
-    exact = gradient(jnp.float64(student), jnp.float64(teacher))
+  got, exact = in_float32_and_float64(gradient, student, teacher)
   for x, y in zip(got, exact, strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=2e-4 * np.abs(y).max())
+
+
+def test_info_nce_keeps_its_digits_where_the_student_is_right():
+  student = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+  for rows in (student, student[:1]):
+    expected = family_contrastive.info_nce(*[np.float64(rows)] * 2, temperature=0.05)
+    np.testing.assert_allclose(losses.info_nce(rows, rows, temperature=0.05), expected, rtol=1e-4, atol=1e-15)
 
 
 @by_name("loss", (losses.similarity_preserving, losses.pkt, losses.info_nce))
@@ -141,9 +148,7 @@ def test_relations_in_float32_keep_their_digits(loss, where):
   offset, spread = (0, 1e-3) if where == "clusters" else (1e3, 1.0)
   student, teacher = ((offset + clusters(seed, spread)).astype(np.float32) for seed in (0, 1))
   gradient = jax.jit(jax.value_and_grad(lambda student, teacher: loss(student, teacher).mean()))
-  got = gradient(student, teacher)
-  with jax.enable_x64(True):
-    exact = gradient(jnp.float64(student), jnp.float64(teacher))
+  got, exact = in_float32_and_float64(gradient, student, teacher)
   np.testing.assert_allclose(got[0], exact[0], rtol=1e-4)
   assert np.linalg.norm(np.asarray(got[1]) - np.asarray(exact[1])) < 1e-3 * np.linalg.norm(exact[1])
 
@@ -155,9 +160,7 @@ def test_float32_gradients_keep_their_digits_however_close_two_rows_are(loss):
     student, teacher = (x.astype(np.float32) for x in features(batch=12, width=64))
     student[[1, 7]] = student[0] + np.float32(share) * student[8:10]
     teacher[3] = teacher[2] + np.float32(share) * teacher[8]
-    got = gradient(student, teacher)
-    with jax.enable_x64(True):
-      exact = gradient(jnp.float64(student), jnp.float64(teacher))
+    got, exact = in_float32_and_float64(gradient, student, teacher)
     np.testing.assert_allclose(got[0], exact[0], rtol=3e-6, err_msg=str(share))
     error = np.linalg.norm(np.asarray(got[1]) - np.asarray(exact[1])) / np.linalg.norm(exact[1])
     assert error < 3e-5, (share, error)
