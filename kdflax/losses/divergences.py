@@ -146,7 +146,7 @@ def total_variation(
   difference = q - p
   # Equal logits may be compiled to unequal roundings: what is left between them has a size of 0, but it has a sign.
   rounding = jnp.abs(difference) <= 16 * jnp.finfo(p.dtype).eps * p
-  sign = jax.lax.stop_gradient(jnp.where(rounding, 0, jnp.sign(difference)))
+  sign = jnp.where(rounding, 0, jnp.sign(difference))
   return mask((sign * difference).sum(axis=-1) / 2, where)
 
 

@@ -109,7 +109,7 @@ def class_correlation(
   """
   q, p, count = _probabilities(student_logits, teacher_logits, temperature, where, axis_name)
   classes = q.shape[-1]
-  plus, minus = q + p, q - p
+  plus = q + p
   down = lambda x: _matmul(jnp.ones(len(x), x.dtype), x)  # as in `dist`
   if classes <= 4 * len(q):
     if axis_name is None:
@@ -117,6 +117,7 @@ def class_correlation(
     else:
       squares = jnp.square(all_sum(gram_difference(q.T, p.T), axis_name)).sum(axis=-1)
   else:  # the same sums over the pairs of examples, never [classes, classes]
+    minus = q - p
     all_plus, all_minus = all_rows(plus, axis_name), all_rows(minus, axis_name)
     products = lambda a, b, c: _matmul(inner_products(a, b), c)
     crossed = products(minus, all_minus, all_plus) + 2 * products(minus, all_plus, all_minus)
