@@ -190,7 +190,7 @@ def variables_of(state: training.TrainState, name: str) -> Any:
   return state.params[name], state.model_state[name]
 
 
-def one_seed(variables: PyTree, seed: int = 0) -> PyTree:
+def one_seed(variables: tuple[PyTree, PyTree], seed: int = 0) -> tuple[PyTree, PyTree]:
   """The variables of one seed."""
   return jax.tree.map(lambda leaf: leaf[seed], variables)
 
@@ -242,8 +242,8 @@ def outputs(
     NumPy arrays `[seeds, examples, ...]` by name.
   """
 
-  def said(variables, batch):
-    found, _ = model.apply(*variables, batch, train=False, key=None)
+  def said(variables: tuple[PyTree, PyTree], batch: Any) -> dict[str, Any]:
+    found, _ = model.apply(*variables, batch, train=False)
     return {name: found[name] for name in names}
 
   apply = jax.jit(jax.vmap(said, (0, None)))
@@ -346,15 +346,15 @@ def latency(
   file = session.directory / "costs" / f"{slug(name)}-forward.json"
   if file.is_file():
     return json.loads(file.read_text())
-  forward = jax.jit(lambda variables, batch: model.apply(*variables, batch, train=False, key=None)[0]["logits"])
+  forward = jax.jit(lambda params, state, batch: model.apply(params, state, batch, train=False)[0]["logits"])
   measured = {}
   for size in batch_sizes:
     batch = on_device(jax.tree.map(lambda x, size=size: x[:size], split))
-    jax.block_until_ready(forward(variables, batch))
+    jax.block_until_ready(forward(*variables, batch))
     seconds = []
     for _ in range(51):
       start = time.perf_counter()
-      jax.block_until_ready(forward(variables, batch))
+      jax.block_until_ready(forward(*variables, batch))
       seconds.append(time.perf_counter() - start)
     measured[str(size)] = float(1e6 * np.median(seconds))
   file.parent.mkdir(exist_ok=True)

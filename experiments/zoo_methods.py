@@ -144,7 +144,7 @@ def before_activation(loss: Callable, **arguments: str):
 def overhaul(pair: Pair, weight: Weight) -> tuple[Network, Terms]:
   """OFD: its margins are those of the frozen teacher, given as the params of a model without a function."""
   network, terms = before_activation(losses.ofd, margin="margins.{stage}")(pair, weight)
-  margins = models.Model(lambda key, batch: ({}, {}), lambda params, state, batch, *, train, key: (params, state))
+  margins = models.Model(lambda key, batch: ({}, {}), lambda params, state, batch, *, train, key=None: (params, state))
   return {"margins": margins, **network}, terms
 
 

@@ -17,12 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from kdflax.models import Model
-from kdflax.objectives import lookup
-from kdflax.teachers import load_variables, save_variables
-from kdflax.training import write_atomically
+from kdflax.files import load_variables, save_variables, write_atomically
+from kdflax.model import Model, PyTree, lookup
 
-PyTree = Any
 _MODULE, _VARIABLES, _MANIFEST = "model.stablehlo", "variables.safetensors", "manifest.json"
 _BATCH = "batch"  # name of the symbolic batch size
 
@@ -57,8 +54,8 @@ def export_model(
   if model.inputs != "batch":
     raise ValueError(f"only a model that reads the batch can leave; this one reads {model.inputs!r}, another's output")
 
-  def forward(variables, batch):
-    found, _ = model.apply(*variables, batch, train=False, key=None)
+  def forward(variables: tuple[PyTree, PyTree], batch: PyTree) -> dict[str, jax.Array]:
+    found, _ = model.apply(*variables, batch, train=False)
     return {path: lookup(found, path) for path in outputs}
 
   size = export.symbolic_shape(_BATCH)

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdflax.losses import masked_mean, masked_sum
-from kdflax.losses._examples import AxisName
+from kdflax.model import Context, lies_below, lookup
+from kdflax.numerics.examples import AxisName, masked_mean, masked_sum
 
-Context = Mapping[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 _STOPPED = ("teacher",)  # by default
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
@@ -66,7 +65,7 @@ class Term:
       raise ValueError(f"stop_gradient must be a tuple of context paths; write ({self.stop_gradient!r},)")
     paths = [source for source in self.inputs.values() if isinstance(source, str)]
     named = [stopped for stopped in self.stop_gradient if stopped not in _STOPPED]
-    idle = [stopped for stopped in named if not any(_lies_below(path, stopped) for path in paths)]
+    idle = [stopped for stopped in named if not any(lies_below(path, stopped) for path in paths)]
     if idle:
       raise ValueError(f"stop_gradient of {name} names {idle}, where none of its inputs lies: {paths}")
 
@@ -152,22 +151,6 @@ def _guarded(loss: Callable[[Any], jax.Array], accept: Callable[[jax.Array], jax
   return guarded
 
 
-def lookup(context: Context, path: str) -> Any:
-  """Returns what lies at a dotted path of a context.
-
-  Raises:
-    ValueError: if the path does not exist, with what exists where it ends.
-  """
-  found: Any = context
-  for depth, key in enumerate(path.split(".")):
-    if not isinstance(found, Mapping) or key not in found:
-      parent = ".".join(path.split(".")[:depth]) or "the context"
-      there = f"has {sorted(found)}" if isinstance(found, Mapping) else f"is an array of shape {jnp.shape(found)}"
-      raise ValueError(f"no {path!r} in the context: {parent} {there}")
-    found = found[key]
-  return found
-
-
 def _value(source: Any, term: Term, context: Context, step: jax.Array | int) -> Any:
   if callable(source):
     return source(step)
@@ -187,16 +170,12 @@ def _masked(array: Any, where: jax.Array) -> Any:
 
 def is_stopped(term: Term, path: str) -> bool:
   """Whether a Term gives no gradient to what lies at a path."""
-  return any(_lies_below(path, stopped) for stopped in term.stop_gradient)
+  return any(lies_below(path, stopped) for stopped in term.stop_gradient)
 
 
 def is_watched(term: Term) -> bool:
   """Whether a Term is only watched: its weight is the number 0."""
   return isinstance(term.weight, int | float) and term.weight == 0
-
-
-def _lies_below(path: str, above: str) -> bool:
-  return path == above or path.startswith(above + ".")
 
 
 def _parameters(loss: Callable) -> Mapping[str, inspect.Parameter]:

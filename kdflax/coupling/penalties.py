@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from kdflax.coupling.nuclear_norm import nuclear_norm, singular_value_threshold
-from kdflax.losses._numerics import after
+from kdflax.numerics.safe import after
 
 Projection = Callable[[Any], Any]
 _UNFOLDINGS = ("last", "tucker", "train")

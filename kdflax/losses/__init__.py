@@ -1,6 +1,5 @@
 """Distillation losses: pure functions of arrays, student first, one value per example."""
 
-from kdflax.losses._examples import masked_mean, masked_sum
 from kdflax.losses.attention_maps import attention_transfer, class_attention_transfer, factor_transfer
 from kdflax.losses.contrastive import CRDMemory, crd, crd_memory, info_nce
 from kdflax.losses.divergences import (
@@ -24,6 +23,7 @@ from kdflax.losses.gram_features import fsp, inter_channel_correlation, kdsvd, n
 from kdflax.losses.logit_relations import batch_correlation, class_correlation, dist
 from kdflax.losses.logits import dkd, hard_targets, kl_soft_targets, nkd, standardize_logits, standardized
 from kdflax.losses.relations import correlation_congruence, pkt, rkd_angle, rkd_distance, similarity_preserving
+from kdflax.numerics.examples import masked_mean, masked_sum
 
 __all__ = [
   "CRDMemory",

@@ -5,9 +5,10 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses._examples import as_examples, check_same, flatten, mask
-from kdflax.losses._numerics import adaptive_average_pool, l2_normalize
 from kdflax.losses.features import check_maps, map_pair, per_example
+from kdflax.numerics.examples import as_examples, check_same, flatten, mask
+from kdflax.numerics.pooling import adaptive_average_pool
+from kdflax.numerics.safe import l2_normalize
 
 
 def attention_transfer(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from kdflax.losses._examples import (
+from kdflax.numerics.examples import (
   AxisName,
   all_rows,
   as_examples,
@@ -17,7 +17,8 @@ from kdflax.losses._examples import (
   mask,
   positions,
 )
-from kdflax.losses._numerics import after, inner_products, l2_normalize
+from kdflax.numerics.products import inner_products
+from kdflax.numerics.safe import after, l2_normalize
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _EPSILON = 1e-7  # of the original implementation, added to the denominators

@@ -11,8 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from kdflax.losses._examples import mask
-from kdflax.losses._log_probabilities import (
+from kdflax.numerics.examples import mask
+from kdflax.numerics.log_probabilities import (
   along,
   log_ratio,
   log_softmax,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses._examples import as_examples, check_broadcasts, check_same, mask
-from kdflax.losses._numerics import adaptive_average_pool, l2_normalize, pool_to_common_size
+from kdflax.numerics.examples import as_examples, check_broadcasts, check_same, mask
+from kdflax.numerics.pooling import adaptive_average_pool, pool_to_common_size
+from kdflax.numerics.safe import l2_normalize
 
 
 def hint(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:

@@ -7,9 +7,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses._examples import as_examples, check_same, mask
-from kdflax.losses._numerics import after, gram_difference, l2_normalize, pool_to_common_size, safe_divide
 from kdflax.losses.features import check_maps, map_pair
+from kdflax.numerics.examples import as_examples, check_same, mask
+from kdflax.numerics.pooling import pool_to_common_size
+from kdflax.numerics.products import gram_difference
+from kdflax.numerics.safe import after, l2_normalize, safe_divide
 
 _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 

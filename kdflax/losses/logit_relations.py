@@ -6,9 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses._examples import AxisName, all_max, all_rows, all_sum, mask, masked_sum
-from kdflax.losses._log_probabilities import log_softmax, logit_pair, soften, softmax
-from kdflax.losses._numerics import gram_difference, gram_difference_half_tangent, inner_products, safe_divide
+from kdflax.numerics.examples import AxisName, all_max, all_rows, all_sum, mask, masked_sum
+from kdflax.numerics.log_probabilities import log_softmax, logit_pair, soften, softmax
+from kdflax.numerics.products import gram_difference, gram_difference_half_tangent, inner_products
+from kdflax.numerics.safe import safe_divide
 
 Reduction = Callable[[jax.Array], jax.Array]
 _matmul = functools.partial(jnp.matmul, precision="highest")

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses._examples import check_same, mask
-from kdflax.losses._log_probabilities import less, log_softmax, log_sum_exp, logit_pair, relative_entropy, soften
-from kdflax.losses._numerics import safe_sqrt
+from kdflax.numerics.examples import check_same, mask
+from kdflax.numerics.log_probabilities import less, log_softmax, log_sum_exp, logit_pair, relative_entropy, soften
+from kdflax.numerics.safe import safe_sqrt
 
 
 def kl_soft_targets(

@@ -12,10 +12,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdflax.losses._angles import Sides, angle_sums
-from kdflax.losses._differences import anywhere, squared_distances, sums_of_squared_differences
-from kdflax.losses._examples import AxisName, all_rows, all_sum, as_examples, flatten, hyper_parameters, mask, positions
-from kdflax.losses._numerics import inner_products, l2_normalize, log1p_remainder, safe_divide, safe_sqrt
+from kdflax.numerics.angles import Sides, angle_sums
+from kdflax.numerics.distances import anywhere, squared_distances, sums_of_squared_differences
+from kdflax.numerics.examples import (
+  AxisName,
+  all_rows,
+  all_sum,
+  as_examples,
+  flatten,
+  hyper_parameters,
+  mask,
+  positions,
+)
+from kdflax.numerics.products import inner_products
+from kdflax.numerics.safe import l2_normalize, log1p_remainder, safe_divide, safe_sqrt
 
 
 class _Rows(NamedTuple):

@@ -1,6 +1,7 @@
 """Models as pairs of pure functions: networks, and the learnable connectors between them."""
 
-from kdflax.models.adapters import Model, count_bytes, count_parameters, from_linen, from_nnx
+from kdflax.model import Model
+from kdflax.models.adapters import count_bytes, count_parameters, from_linen, from_nnx
 from kdflax.models.composition import compose, stacked, unstack
 from kdflax.models.connectors import (
   conv_connector,

@@ -1,4 +1,4 @@
-"""The one shape every model has, `Model(init, apply)`, and the two ways into it: Flax NNX and Flax Linen.
+"""The two ways of a Flax module into `Model(init, apply)`: NNX and Linen.
 
 Only plain nested dicts of arrays cross this boundary. Inside, the Flax module lives for the length of one trace.
 """
@@ -13,26 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import errors, linen, nnx
 
-PyTree = Any
-Outputs = dict[str, Any]
-
-
-class Model(NamedTuple):
-  """Hold a model as two pure functions and the place its input comes from.
-
-  `init(key, example) -> (params, state)` and `apply(params, state, batch, *, train, key) -> (outputs, state)`. `params`
-  is what is learned; `state` is what changes otherwise (the running statistics of BatchNorm, frozen arrays), `{}` if
-  there is nothing. Both are plain nested dicts of arrays, so they pass through `jit`, `grad`, `vmap` (several seeds:
-  `jax.vmap(model.init, in_axes=(0, None))(keys, example)`), donation and checkpoints. `train` is static; `key` feeds
-  dropout and may be `None` where nothing is random. A model never stores randomness.
-
-  `inputs` says what the third argument of `apply`, and `example`, is: the batch dict (`"batch"`, a network), the array
-  at a context path (`"student.embedding"`, a connector), or a tuple of arrays for a tuple of paths.
-  """
-
-  init: Callable
-  apply: Callable
-  inputs: str | tuple[str, ...] = "batch"
+from kdflax.model import Model, Outputs, PyTree
+from kdflax.numerics.trees import nest
 
 
 def count_parameters(params: PyTree) -> int:
@@ -111,7 +93,7 @@ def from_nnx(
     leaves = dict(nnx.to_flat_state(nnx.state(_make(_typed(key), _shapes(x)))))
     params = {path: _value(v) for path, v in leaves.items() if isinstance(v, nnx.Param)}
     state = {path: _value(v) for path, v in leaves.items() if not isinstance(v, nnx.Param | nnx.RngState)}
-    return _nest(params), _nest(state)
+    return nest(params), nest(state)
 
   def apply(params, state, batch, *, train, key=None):
     x = _pick(batch, inputs, input)
@@ -125,7 +107,7 @@ def from_nnx(
     module = nnx.merge(blueprint.graph, nnx.from_flat_state(flat), copy=True)
     outputs = _call(module, x, train, None if key is None else nnx.Rngs(key))
     after = dict(nnx.to_flat_state(nnx.state(module)))
-    return _named(outputs, inputs), _nest({path: _value(after[path]) for path in blueprint.state})
+    return _named(outputs, inputs), nest({path: _value(after[path]) for path in blueprint.state})
 
   return Model(init, apply, inputs)
 
@@ -281,18 +263,6 @@ def _look_up(tree, path, shape, name: str):
       "Was it made by this model, for inputs of this size?"
     )
   return node
-
-
-def _nest(flat) -> dict[str, Any]:
-  """Turn {(name, 0, leaf): value} into nested dicts with string keys, which every checkpoint format keeps."""
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    *parents, last = map(str, path)
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = value
-  return tree
 
 
 def _shapes(x):

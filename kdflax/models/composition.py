@@ -1,12 +1,12 @@
 """Models made of models: name the parts, say how data flows, and get one `Model`."""
 
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from kdflax.models.adapters import Model, Outputs, PyTree
+from kdflax.model import Model, Outputs, PyTree, named_key
+from kdflax.numerics.trees import name_of
 
 Run = Callable[[str, Model, Mapping[str, Any]], Any]
 
@@ -44,7 +44,7 @@ def compose(forward: Callable[[Run, PyTree], Outputs]) -> Model:
     jax.eval_shape(lambda batch: forward(trace, batch), batch)
     params, state = {}, {}
     for path, (model, example) in parts.items():
-      own_params, own_state = model.init(_named_key(key, path), example)
+      own_params, own_state = model.init(named_key(key, path), example)
       _place(params, path, own_params)
       _place(state, path, own_state)
     return params, state
@@ -53,7 +53,7 @@ def compose(forward: Callable[[Run, PyTree], Outputs]) -> Model:
     after: dict[str, Any] = {}
 
     def run(path, model, source):
-      own_key = None if key is None else _named_key(key, path)
+      own_key = None if key is None else named_key(key, path)
       x = _view(source, model)
       outputs, own_state = model.apply(_at(params, path), _at(state, path), x, train=train, key=own_key)
       _place(after, path, own_state)
@@ -109,7 +109,7 @@ def unstack(tree: PyTree) -> list[PyTree]:
   """
   lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(tree)}
   if len(lengths) != 1 or 0 in lengths:
-    shapes = {_keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+    shapes = {name_of(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
     raise ValueError(f"unstack takes arrays with a common leading axis, got {shapes}.")
   return [jax.tree.map(lambda leaf, i=index: leaf[i], tree) for index in range(lengths.pop())]
 
@@ -155,13 +155,5 @@ def _at(tree: Mapping[str, Any], path: str) -> PyTree:
   return tree
 
 
-def _named_key(key: jax.Array, name: str) -> jax.Array:
-  return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
 def _specs(x: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
-
-
-def _keystr(path: tuple[Any, ...]) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdflax.models.adapters import Model, Outputs, from_nnx
+from kdflax.model import Model, Outputs
+from kdflax.models.adapters import from_nnx
 from kdflax.models.layers import Convolution, check_rank, check_widths, conv_init, head_init
+from kdflax.numerics.safe import l2_normalize
 
 _MAP = "[batch, height, width, channels]"
 
@@ -183,15 +185,6 @@ def _identity(x: jax.Array) -> jax.Array:
   return x
 
 
-def normalize(x: jax.Array) -> jax.Array:
-  """Divide each row by its norm; a zero row stays zero, without gradient. [batch, width], float32 or wider out."""
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  # Scaling by the largest entry first keeps tiny and huge rows exact; the result does not depend on it.
-  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-  x = jnp.where(largest > 0, x, 1.0) / jnp.where(largest > 0, largest, 1.0)
-  return jnp.where(largest > 0, x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)), 0.0)
-
-
 class _Linear(nnx.Module):
   def __init__(self, inputs, outputs, bias, rngs):
     self.linear = nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=head_init, rngs=rngs)
@@ -216,7 +209,8 @@ class _Embedding(nnx.Module):
     self.linear = nnx.Linear(inputs, width, kernel_init=head_init, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> Outputs:
-    return {"output": normalize(self.linear(x.reshape(x.shape[0], -1)))}
+    x = self.linear(x.reshape(x.shape[0], -1))
+    return {"output": l2_normalize(x.astype(jnp.promote_types(x.dtype, jnp.float32)))}
 
 
 class _Gaussian(nnx.Module):

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdflax.models.adapters import Model, Outputs, from_nnx
+from kdflax.model import Model, Outputs
+from kdflax.models.adapters import from_nnx
 from kdflax.models.layers import Convolution, check_rank, check_widths, head_init, unit_init
+from kdflax.numerics.pooling import pool_to_at_most
 
 _MAP = "[batch, height, width, channels]"
 
@@ -172,19 +174,6 @@ def _nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
   return x if x.shape[1:3] == tuple(size) else x[:, rows][:, :, columns]
 
 
-def _pool_to(x: jax.Array, size: Sequence[int]) -> jax.Array:
-  """Average a larger map over the windows [floor(i n / m), ceil((i + 1) n / m)); a smaller axis stays."""
-
-  def windows(n, m):
-    m = min(n, m)
-    position, start, stop = np.arange(n), np.arange(m) * n // m, -(-(np.arange(m) + 1) * n // m)
-    inside = (position >= start[:, None]) & (position < stop[:, None])
-    return jnp.asarray(inside / inside.sum(1, keepdims=True), x.dtype)
-
-  rows, columns = (windows(n, m) for n, m in zip(x.shape[1:3], size, strict=True))
-  return jnp.einsum("bhwc,ih,jw->bijc", x, rows, columns, precision=jax.lax.Precision.HIGHEST)
-
-
 def _leaky(x: jax.Array) -> jax.Array:
   return jax.nn.leaky_relu(x, 0.1)
 
@@ -258,7 +247,7 @@ class _ReusedHead(nnx.Module):
     self.size = size
 
   def __call__(self, x: jax.Array, *, train: bool) -> Outputs:
-    x = self.projector(x if self.size is None else _pool_to(x, self.size), train=train)
+    x = self.projector(x if self.size is None else pool_to_at_most(x, self.size), train=train)
     embedding = x.mean((1, 2))
     logits = embedding @ self.head["kernel"][...]
     if "bias" in self.head:

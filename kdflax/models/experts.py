@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdflax.models.adapters import Model, Outputs, PyTree, from_nnx
+from kdflax.model import Model, Outputs, PyTree
+from kdflax.models.adapters import from_nnx
 from kdflax.models.composition import compose, stacked
 from kdflax.models.layers import head_init
 from kdflax.models.sharing import Heads, by_task, checked_tasks

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdflax.models.adapters import Model, Outputs, from_nnx
+from kdflax.model import Model, Outputs
+from kdflax.models.adapters import from_nnx
 from kdflax.models.layers import check_dropout, check_widths, classifier, hidden_init
 
 

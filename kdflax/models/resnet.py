@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdflax.models.adapters import Model, Outputs, from_nnx
+from kdflax.model import Model, Outputs
+from kdflax.models.adapters import from_nnx
 from kdflax.models.layers import Convolution, check_rank, check_widths, classifier
 
 _PLAIN = (16, 16, 32, 64)

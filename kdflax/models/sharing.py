@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdflax.models.adapters import Model, Outputs, from_nnx
+from kdflax.model import Model, Outputs
+from kdflax.models.adapters import from_nnx
 from kdflax.models.composition import Run, compose, look_up, stacked, unstack
-from kdflax.models.deep_connectors import _pool_to
 from kdflax.models.layers import check_widths, head_init, hidden_init
+from kdflax.numerics.pooling import pool_to_at_most
 
 Heads = Mapping[str, Model]
 
@@ -207,7 +208,7 @@ def mtan(encoder: Model, heads: Heads, *, layers: Sequence[str]) -> Model:
       source["shared"] = look_up(shared, layer)
       if index > 1:
         previous, reads = features[_name(layers[index - 2])], ("shared", "previous")
-        source["previous"] = _pool_to(previous, source["shared"].shape[1:3]) if previous.ndim == 4 else previous
+        source["previous"] = pool_to_at_most(previous, source["shared"].shape[1:3]) if previous.ndim == 4 else previous
       features[_name(layer)] = run(f"task/{task}/attention{index}", _attention(reads), source)["output"]
     last = features[_name(layers[-1])]
     return {"embedding": last.mean((1, 2)) if last.ndim == 4 else last, "features": features}

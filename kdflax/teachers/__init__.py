@@ -1,5 +1,6 @@
 """Teachers: several as one, recorded outputs that stand in for a live model, and frozen ones known by their content."""
 
+from kdflax.files import load_variables, save_variables
 from kdflax.teachers.ensembles import (
   average_logits,
   average_probabilities,
@@ -8,7 +9,6 @@ from kdflax.teachers.ensembles import (
   random_teacher,
   subset_teachers,
 )
-from kdflax.teachers.references import load_variables, save_variables
 from kdflax.teachers.store import read_record, record, recorded
 
 __all__ = [

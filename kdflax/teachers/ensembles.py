@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdflax.models import Model
+from kdflax.model import Model
 
 Weights = Sequence[float] | Callable[[jax.Array], jax.Array]  # the weights, or the weights at a step
 Temperature = float | Callable[[jax.Array], jax.Array] | str  # the number, the number at a step, or where it is found

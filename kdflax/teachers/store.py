@@ -11,18 +11,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import deserialize
 from safetensors.numpy import save
 
-from kdflax.models import Model
-from kdflax.training import write_atomically
+from kdflax.files import array_of, write_atomically
+from kdflax.model import Model
+from kdflax.numerics.trees import name_of, nest_names
 
 PyTree = Any
 _ARRAYS, _MANIFEST = "outputs.safetensors", "manifest.json"
 _INDEX = "index"  # name of the index among the arrays
-_DTYPES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}  # names in safetensors and in NumPy
+_SEPARATOR = "."
 
 
 def record(
@@ -93,7 +93,7 @@ def read_record(directory: str | pathlib.Path, index: np.ndarray | None = None) 
     missing = np.asarray(index)[recorded_index[rows] != index]
     if missing.size:
       raise ValueError(f"the record in {directory} lacks {missing.size} of the examples, first {missing[:5].tolist()}")
-  return _nest({name: array[rows] for name, array in flat.items()})
+  return nest_names({name: array[rows] for name, array in flat.items()}, _SEPARATOR)
 
 
 def _recorded_digest(manifest: pathlib.Path) -> str:
@@ -112,30 +112,12 @@ def recorded(path: str = "batch.teacher") -> Model:
   Returns:
     A model without params that returns what it is given.
   """
-  return Model(lambda key, example: ({}, {}), lambda params, state, batch, *, train, key: (batch, state), path)
+  return Model(lambda key, example: ({}, {}), lambda params, state, batch, *, train, key=None: (batch, state), path)
 
 
 def _flatten(tree: PyTree) -> Iterable[tuple[str, np.ndarray]]:
   for path, leaf in jax.tree.leaves_with_path(tree):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    if name == _INDEX or name.count(".") >= len(path):
+    name = name_of(path, _SEPARATOR)
+    if name == _INDEX or name.count(_SEPARATOR) >= len(path):
       raise ValueError(f"{name!r} is the name of an output, but dots separate names and {_INDEX!r} is taken; rename it")
     yield name, np.asarray(leaf)
-
-
-def array_of(stored: Mapping[str, Any]) -> np.ndarray:
-  """An array of a safetensors file; its own NumPy reader knows no bfloat16."""
-  kind = stored["dtype"].rstrip("0123456789")
-  dtype = jnp.dtype(_DTYPES[kind] + stored["dtype"].removeprefix(kind))
-  return np.frombuffer(stored["data"], dtype).reshape(stored["shape"])
-
-
-def _nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for name, array in flat.items():
-    *parents, leaf = name.split(".")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = array
-  return tree

@@ -1,7 +1,9 @@
 """Training: state, step, loop, mesh, checkpoints and metrics. Names no loss and no model."""
 
+from kdflax.files import digest, write_atomically
+from kdflax.model import named_key
 from kdflax.training import metrics
-from kdflax.training.checkpoints import Checkpoints, digest
+from kdflax.training.checkpoints import Checkpoints
 from kdflax.training.evaluation import apply_models, make_eval_step
 from kdflax.training.loop import fit
 from kdflax.training.mesh import make_mesh, place_batch, replicated
@@ -12,9 +14,8 @@ from kdflax.training.run import (
   RunDirectory,
   RunDirectoryError,
   stop_on_sigterm,
-  write_atomically,
 )
-from kdflax.training.state import TrainState, named_key
+from kdflax.training.state import TrainState
 from kdflax.training.step import Average, Learner, Penalty, learner, make_train_step
 
 __all__ = [

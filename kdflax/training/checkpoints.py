@@ -5,7 +5,6 @@ the data, whatever else the loop needs to continue, and a SHA-256 digest of ever
 bits without a word, so digests are verified on restore, and a checkpoint that fails is passed over for the one before.
 """
 
-import hashlib
 import json
 import logging
 import pathlib
@@ -14,9 +13,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from kdflax.files import digest_of_text, digests
 
 PyTree = Any
 _TEMPORARY = "*.orbax-checkpoint-tmp"
@@ -86,7 +86,7 @@ class Checkpoints:
       OSError: if the directory cannot be written to, at the latest at the next save or at the end.
     """
     document: dict[str, Any] = {"extra": extra or {}, "shapes": _shapes(arrays), "digests": digests(arrays)}
-    document["digest"] = _digest_of_text(json.dumps(document, sort_keys=True))
+    document["digest"] = digest_of_text(json.dumps(document, sort_keys=True))
     self._orbax.wait()  # one save at a time: a second one would hold two copies of the state
     self._orbax.save_checkpointables_async(
       step, {"state": arrays}, force=True, metrics=metrics, custom_metadata=document
@@ -133,7 +133,7 @@ class Checkpoints:
     metadata: Any = self._orbax.checkpointables_metadata(step).custom_metadata
     document = dict(metadata or {})
     claimed = document.pop("digest", None)
-    if claimed != _digest_of_text(json.dumps(document, sort_keys=True)):
+    if claimed != digest_of_text(json.dumps(document, sort_keys=True)):
       raise ValueError("its metadata are not as they were saved")
     here, wanted = document["shapes"], _shapes(like)
     for path in sorted(here.keys() | wanted.keys()):
@@ -147,35 +147,8 @@ class Checkpoints:
     return Restored(step, arrays, document["extra"])
 
 
-def digests(arrays: PyTree) -> dict[str, str]:
-  """SHA-256 of every array by path, over dtype, shape and bytes; of the local part where an array spans processes."""
-  return {jax.tree_util.keystr(path): _digest(leaf) for path, leaf in jax.tree.leaves_with_path(arrays)}
-
-
-def digest(arrays: PyTree) -> str:
-  """One SHA-256 for a whole pytree: names a frozen teacher by its content."""
-  return _digest_of_text(json.dumps(digests(arrays), sort_keys=True))
-
-
 def _shapes(arrays: PyTree) -> dict[str, str]:
   return {jax.tree_util.keystr(p): f"{x.dtype}{list(x.shape)}" for p, x in jax.tree.leaves_with_path(arrays)}
-
-
-def _digest(leaf: Any) -> str:
-  if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.random.key_data(leaf)
-  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-    parts = [np.ascontiguousarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
-  else:
-    parts = [np.ascontiguousarray(leaf)]
-  content = hashlib.sha256(f"{leaf.dtype}{leaf.shape}".encode())
-  for part in parts:
-    content.update(part.tobytes())
-  return content.hexdigest()
-
-
-def _digest_of_text(text: str) -> str:
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -1,21 +1,16 @@
 """Evaluation: the outputs of models, and the metrics of terms on them, without a gradient and without chance."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kdflax.objectives import Metrics, Term, evaluate, lookup
-
-if TYPE_CHECKING:  # training needs no model, only the shape of one
-  from kdflax.models import Model
-
-PyTree = Any
-Variables = Mapping[str, tuple[PyTree, PyTree]]  # (params, state) by model name
+from kdflax.model import Model, PyTree, Variables, read
+from kdflax.objectives import Metrics, Term, evaluate
 
 
-def make_eval_step(models: "Mapping[str, Model]", terms: Mapping[str, Term]) -> Callable:
+def make_eval_step(models: Mapping[str, Model], terms: Mapping[str, Term]) -> Callable:
   """Compiles an evaluation: `(variables by model name, batch, step=0) -> metrics`, in evaluation mode.
 
   Terms whose inputs name `"where": "batch.where"` leave out the padding of a last batch. Schedules are read at `step`:
@@ -30,7 +25,7 @@ def make_eval_step(models: "Mapping[str, Model]", terms: Mapping[str, Term]) -> 
 
 
 def apply_models(
-  models: "Mapping[str, Model]", variables: Variables, batch: PyTree, step: jax.Array | int = 0
+  models: Mapping[str, Model], variables: Variables, batch: PyTree, step: jax.Array | int = 0
 ) -> dict[str, Any]:
   """Returns the context of a batch in evaluation mode.
 
@@ -50,14 +45,3 @@ def apply_models(
   for name, model in models.items():
     context[name], _ = model.apply(*variables[name], read(context, model), train=False, key=None)
   return context
-
-
-def paths_of(model: "Model") -> tuple[str, ...]:
-  """The context paths that a model reads."""
-  return (model.inputs,) if isinstance(model.inputs, str) else tuple(model.inputs)
-
-
-def read(context: Mapping[str, Any], model: "Model") -> Any:
-  """What a model is applied to: what lies at its path, or a tuple of it for a tuple of paths."""
-  found = tuple(lookup(context, path) for path in paths_of(model))
-  return found[0] if isinstance(model.inputs, str) else found

@@ -8,10 +8,11 @@ import json
 import os
 import pathlib
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from kdflax.files import write_atomically
 
 PREEMPTED = 75  # exit code of a run that was told to stop and can continue: EX_TEMPFAIL of sysexits.h
 _CONFIG = "config.json"
@@ -158,22 +159,6 @@ class MetricsLog:
 
   def __exit__(self, *_: Any) -> None:
     self.close()
-
-
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-  """Writes a file so that readers see the old content or the new, never a part."""
-  data = content.encode() if isinstance(content, str) else content
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
 
 
 @contextlib.contextmanager

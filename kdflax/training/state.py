@@ -1,10 +1,8 @@
-"""Everything that training changes, as one pytree, and randomness that never has to be carried."""
+"""Everything that training changes, as one pytree."""
 
-import zlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 PyTree = Any
 
@@ -29,8 +27,3 @@ class TrainState(NamedTuple):
   balancer_state: PyTree
   averages: dict[str, PyTree]
   key: jax.Array
-
-
-def named_key(key: jax.Array, name: str) -> jax.Array:
-  """A key of its own for each name: `fold_in` of the name's CRC-32."""
-  return jax.random.fold_in(key, jnp.uint32(zlib.crc32(name.encode())))

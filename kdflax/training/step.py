@@ -1,7 +1,7 @@
 """The training step: models -> context -> terms -> balancer -> optimizer, as one pure function."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,13 @@ import optax
 from jax.sharding import Mesh
 
 from kdflax import balancing
-from kdflax.objectives import AxisName, Metrics, Term, evaluate, is_stopped, is_watched
-from kdflax.training.evaluation import Variables, paths_of, read
+from kdflax.model import Model, PyTree, Variables, named_key, paths_of, read
+from kdflax.numerics.examples import AxisName
+from kdflax.numerics.trees import merge, partition
+from kdflax.objectives import Metrics, Term, evaluate, is_stopped, is_watched
 from kdflax.training.mesh import replicated
-from kdflax.training.state import TrainState, named_key
-from kdflax.training.update import balance, init_balancer, merge, partition
-
-if TYPE_CHECKING:  # training needs no model, only the shape of one
-  from kdflax.models import Model
-
-PyTree = Any
+from kdflax.training.state import TrainState
+from kdflax.training.update import balance, init_balancer
 
 
 class Average(NamedTuple):
@@ -50,7 +47,7 @@ class Learner(NamedTuple):
 
 
 def learner(
-  models: "Mapping[str, Model]",
+  models: Mapping[str, Model],
   terms: Mapping[str, Term],
   optimizer: optax.GradientTransformation,
   *,
@@ -135,7 +132,8 @@ def learner(
         followers[name] = variables
       elif name not in frozen:
         params[name], states[name] = variables
-      shapes = jax.eval_shape(lambda v, x, m=model: m.apply(*v, x, train=False, key=None)[0], variables, example)
+      run = lambda params, state, x, m=model: m.apply(params, state, x, train=False)[0]
+      shapes = jax.eval_shape(run, *variables, example)
       context[name] = jax.tree.map(_zeros, shapes)
     jax.eval_shape(lambda context: evaluate(terms, context, 0), context)  # mistakes show before anything runs
     _check_terms_train(terms, trained=set(params))
@@ -145,7 +143,7 @@ def learner(
       shape = jax.eval_shape(penalty.function, params).shape
       if shape:
         raise ValueError(f"penalty {name!r} must return a scalar, it has shape {shape}; sum over it")
-    balancer_state = init_balancer(balancer, len(rows), partition(params, shared)[0])
+    balancer_state = init_balancer(balancer, len(rows), partition(params, shared, name="shared")[0])
     if not penalties:
       _check_models_learn(models, terms, [name for name in params if jax.tree.leaves(params[name])])
     average_params = {name: params[average.source] for name, average in averages.items()}
@@ -161,7 +159,7 @@ def learner(
     for name in outside(frozen):
       average = averages.get(name)
       variables = (state.averages[name], state.model_state[average.source]) if average else frozen[name]
-      context[name], _ = models[name].apply(*variables, read(context, models[name]), train=False, key=None)
+      context[name], _ = models[name].apply(*variables, read(context, models[name]), train=False)
     context = jax.lax.stop_gradient(context)
 
     def objective(shared_params: PyTree, own_params: PyTree):
@@ -174,7 +172,7 @@ def learner(
       return jnp.stack([sum(values[term] for term in row) for row in rows.values()]), (states, metrics)
 
     params_order = [name for name in models if name in state.params]
-    shared_params, own_params = partition(state.params, shared)
+    shared_params, own_params = partition(state.params, shared, name="shared")
     losses, pullback, (states, metrics) = jax.vjp(objective, shared_params, own_params, has_aux=True)
     counts = {name: jnp.where(_at(term.weight, state.step) > 0, metrics[name][1], 0) for name, term in terms.items()}
     present = jnp.stack([sum(counts[term] for term in row) > 0 for row in rows.values()])
@@ -214,7 +212,7 @@ def _mean_if_inexact(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
   return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
 
-def _check_reads(models: "Mapping[str, Model]", outside: Sequence[str]) -> None:
+def _check_reads(models: Mapping[str, Model], outside: Sequence[str]) -> None:
   """Refuses a model that runs before the trained ones, outside the gradient, and reads one of them."""
   for name in outside:
     trained = [p for p in paths_of(models[name]) if _model(p) in models and _model(p) not in outside]
@@ -225,7 +223,7 @@ def _check_reads(models: "Mapping[str, Model]", outside: Sequence[str]) -> None:
       )
 
 
-def _check_variables(models: "Mapping[str, Model]", state: TrainState, frozen: Variables) -> None:
+def _check_variables(models: Mapping[str, Model], state: TrainState, frozen: Variables) -> None:
   """Refuses a state that was made with other frozen models than this step is given."""
   both = sorted(set(frozen) & set(state.params))
   neither = [name for name in models if name not in {*frozen, *state.params, *state.averages}]
@@ -257,7 +255,7 @@ def _check_terms_train(terms: Mapping[str, Term], trained: set[str]) -> None:
       )
 
 
-def _check_models_learn(models: "Mapping[str, Model]", terms: Mapping[str, Term], trained: Sequence[str]) -> None:
+def _check_models_learn(models: Mapping[str, Model], terms: Mapping[str, Term], trained: Sequence[str]) -> None:
   """Refuses a model that no Term sends a gradient to, as a teacher that was forgotten among the frozen ones."""
   weighed = [term for term in terms.values() if not is_watched(term)]
   reached = {_model(path) for term in weighed for path in _paths(term) if not is_stopped(term, path)}

@@ -1,16 +1,14 @@
-"""From the losses of rows to one gradient: which params are shared, and what a balancer makes of the rows."""
+"""From the losses of rows to one gradient: what a balancer makes of the rows."""
 
-import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kdflax import balancing
-from kdflax.objectives import AxisName
+from kdflax.model import PyTree
+from kdflax.numerics.examples import AxisName
 
-PyTree = Any
 Balancing = balancing.Balancer | balancing.Combiner | None
 
 
@@ -79,18 +77,3 @@ def _rows(pullback: Callable[[jax.Array], PyTree], basis: jax.Array, batch_size:
   if batch_size is None or batch_size >= len(basis):
     return jax.vmap(pullback)(basis)
   return jax.lax.map(pullback, basis, batch_size=batch_size if batch_size > 1 else None)
-
-
-def partition(params: PyTree, pattern: str | None) -> tuple[PyTree, PyTree]:
-  """Two trees of the structure of params, with None for the leaves of the other."""
-  is_shared = lambda path: pattern is None or re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/"))
-  shared = jax.tree.map_with_path(lambda path, leaf: leaf if is_shared(path) else None, params)
-  own = jax.tree.map_with_path(lambda path, leaf: None if is_shared(path) else leaf, params)
-  if params and not jax.tree.leaves(shared):
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
-    raise ValueError(f"shared={pattern!r} matches none of {paths}")
-  return shared, own
-
-
-def merge(shared: PyTree, own: PyTree) -> PyTree:
-  return jax.tree.map(lambda a, b: b if a is None else a, shared, own, is_leaf=lambda x: x is None)

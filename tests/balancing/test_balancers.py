@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_close, random
-from cases import jitted as weighting_of
 
 from kdflax import balancing
+from tests.balancing.cases import assert_close, random
+from tests.balancing.cases import jitted as weighting_of
 
 SGD = optax.adam(0.1)
 BALANCERS = {

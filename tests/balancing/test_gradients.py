@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kdflax import balancing
+from tests.balancing.cases import assert_close
 
 PARAMS = {"layer": {"kernel": jnp.linspace(-1, 1, 6).reshape(2, 3), "bias": jnp.ones(3)}, "scale": jnp.float32(0.5)}
 INPUTS = jnp.linspace(0, 1, 8).reshape(4, 2)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from cases import SIZES, WEIGHTINGS, adversarial, assert_close, cosines, jitted, many, pcgrad, random
 
 from kdflax import balancing
+from tests.balancing.cases import SIZES, WEIGHTINGS, adversarial, assert_close, cosines, jitted, many, pcgrad, random
 
 METHODS = tuple(WEIGHTINGS)
 EPS32 = np.finfo(np.float32).eps

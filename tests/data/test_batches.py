@@ -132,8 +132,7 @@ def test_batches_are_the_same_in_another_process():
   script = """
 import json, sys
 import numpy as np
-sys.path.insert(0, "tests/data")
-from test_batches import _device, _grain, _take
+from tests.data.test_batches import _device, _grain, _take
 state = json.loads(sys.argv[1])
 for make in (_device, _grain):
   batches = make()

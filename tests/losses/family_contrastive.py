@@ -1,9 +1,9 @@
 """NumPy references and cases of `losses/contrastive.py`."""
 
 import numpy as np
-from case import Case, pairs_of
 
 from kdflax import losses
+from tests.losses.case import Case, pairs_of
 
 
 def info_nce(s, t, *, temperature=0.07):

@@ -1,10 +1,10 @@
 """NumPy references and cases of `losses/divergences.py`."""
 
 import numpy as np
-from case import Case
-from family_logits import kl, logits, softmax
 
 from kdflax import losses
+from tests.losses.case import Case
+from tests.losses.family_logits import kl, logits, softmax
 
 
 def distributions(s, t, temperature):

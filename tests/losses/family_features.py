@@ -1,9 +1,9 @@
 """NumPy references and cases of `losses/features.py`, `attention_maps.py` and `gram_features.py`."""
 
 import numpy as np
-from case import Case, pairs_of
 
 from kdflax import losses
+from tests.losses.case import Case, pairs_of
 
 
 def pool(x, sizes):

@@ -1,9 +1,9 @@
 """NumPy references and cases of `losses/logits.py`."""
 
 import numpy as np
-from case import Case, pairs_of
 
 from kdflax import losses
+from tests.losses.case import Case, pairs_of
 
 
 def log_softmax(z):

@@ -3,9 +3,9 @@
 import math
 
 import numpy as np
-from case import Case, pairs_of
 
 from kdflax import losses
+from tests.losses.case import Case, pairs_of
 
 
 def flat(x):

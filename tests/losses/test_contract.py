@@ -4,11 +4,6 @@ import functools
 import inspect
 import pathlib
 
-import family_contrastive
-import family_divergences
-import family_features
-import family_logits
-import family_relations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from kdflax import losses
+from tests.losses import family_contrastive, family_divergences, family_features, family_logits, family_relations
 
 FAMILIES = (family_contrastive, family_divergences, family_features, family_logits, family_relations)
 CASES = [case for family in FAMILIES for case in family.CASES]

@@ -1,14 +1,14 @@
 """What the feature losses must leave unchanged, their closed forms, and inputs at which the usual code fails."""
 
-import family_features
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from case import in_float32_and_float64
 from jax.scipy.stats import norm
 
 from kdflax import losses
+from tests.losses import family_features
+from tests.losses.case import in_float32_and_float64
 
 
 def maps(*shape, seed=0):

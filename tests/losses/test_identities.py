@@ -2,18 +2,17 @@
 
 import functools
 
-import family_contrastive
-import family_relations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from case import in_float32_and_float64
-from family_divergences import forward_kl, jensen_shannon, reverse_kl
-from family_logits import softmax
 from jax.test_util import check_grads
 
 from kdflax import losses
+from tests.losses import family_contrastive, family_relations
+from tests.losses.case import in_float32_and_float64
+from tests.losses.family_divergences import forward_kl, jensen_shannon, reverse_kl
+from tests.losses.family_logits import softmax
 
 RELATIONS = (
   losses.similarity_preserving,

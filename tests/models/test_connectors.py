@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kdflax import models
-from kdflax.models.connectors import normalize
-from kdflax.models.deep_connectors import _nearest, _pool_to
+from kdflax.models.deep_connectors import _nearest
+from kdflax.numerics.pooling import pool_to_at_most
+from kdflax.numerics.safe import l2_normalize
 
 KEY = jax.random.key(0)
 VECTORS = jax.random.normal(jax.random.key(1), (4, 6))
@@ -113,19 +114,19 @@ def test_embeddings_lie_on_the_sphere():
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_normalize_does_not_depend_on_the_scale(scale):
   row = jnp.array([[3.0, -4.0, 0.0]]) * scale
-  np.testing.assert_allclose(normalize(row), [[0.6, -0.8, 0.0]], rtol=1e-6)
-  gradient = jax.grad(lambda x: normalize(x)[0, 0])(row) * scale
+  np.testing.assert_allclose(l2_normalize(row), [[0.6, -0.8, 0.0]], rtol=1e-6)
+  gradient = jax.grad(lambda x: l2_normalize(x)[0, 0])(row) * scale
   # (e_0 - y_0 y) / |x|, with |x| = 5 in units of the scale
   np.testing.assert_allclose(gradient, [[(1 - 0.36) / 5, 0.6 * 0.8 / 5, 0.0]], rtol=1e-5, atol=1e-8)
 
 
 def test_normalize_of_zero_is_zero_without_gradient():
   rows = jnp.array([[0.0, 0.0], [1.0, 2.0]])
-  value, gradient = jax.value_and_grad(lambda x: jnp.sum(normalize(x)[:, 0]))(rows)
+  value, gradient = jax.value_and_grad(lambda x: jnp.sum(l2_normalize(x)[:, 0]))(rows)
   assert jnp.isfinite(value)
-  np.testing.assert_array_equal(normalize(rows)[0], [0.0, 0.0])
+  np.testing.assert_array_equal(l2_normalize(rows)[0], [0.0, 0.0])
   np.testing.assert_array_equal(gradient[0], [0.0, 0.0])
-  assert jnp.all(gradient[1] != 0) and normalize(rows.astype(jnp.bfloat16)).dtype == jnp.float32
+  assert jnp.all(gradient[1] != 0) and l2_normalize(rows.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_vid_is_three_convolutions_and_a_variance_of_five():
@@ -189,7 +190,7 @@ def test_pooling_averages_the_windows_of_a_larger_map(size):
     ],
     axis=1,
   )
-  np.testing.assert_allclose(_pool_to(MAPS, size), expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(pool_to_at_most(MAPS, size), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_nearest_takes_the_position_rounded_down():

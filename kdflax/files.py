@@ -1,24 +1,79 @@
-"""Frozen models as files that are known by their content.
+"""Files that are whole or not there, arrays known by their digest, and the variables of a model as safetensors.
 
 A frozen teacher is no part of a training state, so checkpoints do not copy it. Its file says what it is: keep the
 digest in the settings of a run, which then refuses to continue with another teacher.
 """
 
+import hashlib
 import json
+import os
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from kdflax.teachers.store import array_of
-from kdflax.training import digest, write_atomically
+from kdflax.numerics.trees import nest_names
 
 PyTree = Any
 _SEPARATOR = "/"
+_DTYPES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}  # names in safetensors and in NumPy
+
+
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+  """Writes a file so that readers see the old content or the new, never a part."""
+  data = content.encode() if isinstance(content, str) else content
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
+def digests(arrays: PyTree) -> dict[str, str]:
+  """SHA-256 of every array by path, over dtype, shape and bytes; of the local part where an array spans processes."""
+  return {jax.tree_util.keystr(path): _digest_of_array(leaf) for path, leaf in jax.tree.leaves_with_path(arrays)}
+
+
+def digest(arrays: PyTree) -> str:
+  """One SHA-256 for a whole pytree: names a frozen teacher by its content."""
+  return digest_of_text(json.dumps(digests(arrays), sort_keys=True))
+
+
+def _digest_of_array(leaf: Any) -> str:
+  if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.random.key_data(leaf)
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    parts = [np.ascontiguousarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+  else:
+    parts = [np.ascontiguousarray(leaf)]
+  content = hashlib.sha256(f"{leaf.dtype}{leaf.shape}".encode())
+  for part in parts:
+    content.update(part.tobytes())
+  return content.hexdigest()
+
+
+def digest_of_text(text: str) -> str:
+  """SHA-256 of a text."""
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def array_of(stored: Mapping[str, Any]) -> np.ndarray:
+  """An array of a safetensors file; its own NumPy reader knows no bfloat16."""
+  kind = stored["dtype"].rstrip("0123456789")
+  dtype = jnp.dtype(_DTYPES[kind] + stored["dtype"].removeprefix(kind))
+  return np.frombuffer(stored["data"], dtype).reshape(stored["shape"])
 
 
 def save_variables(path: str | pathlib.Path, variables: tuple[PyTree, PyTree]) -> str:
@@ -30,7 +85,7 @@ def save_variables(path: str | pathlib.Path, variables: tuple[PyTree, PyTree]) -
 
   Returns:
     SHA-256 over the paths, dtypes, shapes and bytes of the arrays, the same for `numpy` and `jax` arrays of any memory
-    order and on any device: `kdflax.training.digest(variables)`.
+    order and on any device: `kdflax.files.digest(variables)`.
 
   Raises:
     ValueError: if something is neither a dict nor an array, or a name is empty or has a slash in it.
@@ -66,7 +121,7 @@ def load_variables(path: str | pathlib.Path, *, digest: str | None = None) -> tu
   try:
     arrays = {name: array_of(stored) for name, stored in deserialize(content)}
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    claimed, variables = header["digest"], _nest(arrays, json.loads(header["empty"]))
+    claimed, variables = header["digest"], _variables(arrays, json.loads(header["empty"]))
   except (SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
     raise ValueError(
       f"{path} is not a file of save_variables, or is damaged: {type(error).__name__} {error}; save the teacher again"
@@ -96,12 +151,6 @@ def _flatten(tree: PyTree, name: str) -> Iterator[tuple[str, Any]]:
     raise ValueError(f"variables are nested dicts of arrays; {name} is a {type(tree).__name__}")
 
 
-def _nest(arrays: Mapping[str, np.ndarray], empty: list[str]) -> tuple[PyTree, PyTree]:
-  tree: dict[str, Any] = {}
-  for name, value in [*arrays.items(), *((name, {}) for name in empty)]:
-    *parents, last = name.split(_SEPARATOR)
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = value
+def _variables(arrays: Mapping[str, np.ndarray], empty: list[str]) -> tuple[PyTree, PyTree]:
+  tree = nest_names({**arrays, **{name: {} for name in empty}})
   return tree["params"], tree["state"]

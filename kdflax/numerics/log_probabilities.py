@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from kdflax.losses._examples import as_examples, check_same, hyper_parameters
-from kdflax.losses._numerics import exp_remainder
+from kdflax.numerics.examples import as_examples, check_same, hyper_parameters
+from kdflax.numerics.safe import exp_remainder
 
 
 def logit_pair(

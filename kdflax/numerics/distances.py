@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from kdflax.losses._numerics import inner_products
+from kdflax.numerics.products import inner_products
 
 
 def squared_distances(

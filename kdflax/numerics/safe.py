@@ -1,0 +1,86 @@
+"""Functions whose values and derivatives stay finite, and keep their digits, where the plain ones do not."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+  """Square root whose derivatives are 0 where x <= 0, and so is the value; NaN stays NaN."""
+  vanishes = x <= 0
+  # Both sides of the selection must be finite in every derivative: where it vanishes the root is taken of 1.
+  return jnp.where(vanishes, 0, jnp.sqrt(jnp.where(vanishes, 1, x)))
+
+
+def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+  """Quotient that is 0, with derivative 0, where the denominator is 0."""
+  nonzero = denominator != 0
+  return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
+
+
+@jax.custom_jvp
+def log1p_remainder(x: jax.Array) -> jax.Array:
+  """`x - log(1 + x)`, about x^2 / 2 near 0, where the difference would lose all digits and so would its derivative."""
+  near = jnp.abs(x) < 0.25
+  small = jnp.where(near, x, 0)
+  ratio = small / (2 + small)  # log(1 + x) = 2 artanh(ratio), and x - 2 ratio = x^2 / (2 + x)
+  square, series = ratio * ratio, jnp.zeros_like(x)
+  for odd in range(21, 1, -2):
+    series = 2 / odd + square * series
+  return jnp.where(near, small * ratio - ratio * square * series, x - jnp.log(1 + x))
+
+
+@log1p_remainder.defjvp
+def _log1p_remainder_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  return log1p_remainder(x), x / (1 + x) * dx
+
+
+@jax.custom_jvp
+def exp_remainder(x: jax.Array) -> jax.Array:
+  """`e^x - 1 - x` for |x| <= 1 by its series: about x^2 / 2 near 0, where the difference would lose all digits."""
+  series = jnp.zeros_like(x)
+  for n in range(11 if x.dtype == jnp.float32 else 19, 1, -1):
+    series = (1 + series) * (x / n)
+  return series * x
+
+
+@exp_remainder.defjvp
+def _exp_remainder_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  remainder = exp_remainder(x)
+  return remainder, (x + remainder) * dx
+
+
+def l2_normalize(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
+  """x / ||x||, whatever the scale of x; a zero vector stays zero and gets no gradient."""
+  x = x / _power_of_two(x, axis)  # so that neither squares nor their derivatives leave the range of the dtype
+  return safe_divide(x, _norm(axis, x))
+
+
+def _power_of_two(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+  """About as large as x, without a derivative; dividing by it rounds nothing."""
+  total = jax.lax.stop_gradient(jnp.sum(jnp.abs(x), axis=axis, keepdims=True))
+  return jax.lax.reduce_precision(jnp.where(total > 0, total, 1), jnp.finfo(x.dtype).nexp, 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _norm(axis: int | tuple[int, ...], x: jax.Array) -> jax.Array:
+  return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True))
+
+
+@_norm.defjvp
+def _norm_jvp(axis, primals, tangents):
+  norm = _norm(axis, *primals)
+  return norm, jnp.sum(safe_divide(primals[0], norm) * tangents[0], axis=axis, keepdims=True)
+
+
+def after(x: jax.Array, done: jax.Array) -> jax.Array:
+  """x, known only once `done` is, which broadcasts against it: a zero that depends on `done` is added.
+
+  Batched LAPACK calls that XLA runs side by side on two cores can wait for each other for ever (jaxlib 0.10); an
+  optimization barrier is gone by the time they are scheduled.
+  """
+  done = jax.lax.stop_gradient(done).astype(x.dtype)
+  return x + jnp.where(jnp.isfinite(done), 0 * done, 0)
