@@ -159,7 +159,9 @@ def train_teacher(session: phases.Session, splits: Any) -> Trained:
     feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
   trained = train(session, "teacher", network, terms, feed, config.teacher_steps, splits)
   variables = trained.variables
-  outputs, _ = jax.vmap(lambda params, state: network["teacher"].apply(params, state, arrays, train=False))(*variables)
+  outputs, _ = jax.vmap(lambda params, state: network["teacher"].apply(params, state, arrays, train=False, key=None))(
+    *variables
+  )
   outputs = {name: np.moveaxis(np.asarray(outputs[name]), 0, 1) for name in ("logits", "embedding")}
   source = {"model": f"mlp {config.teacher_hidden}", "variables": training.digest(variables)}
   teachers.record(session.directory / "teacher", outputs, arrays["index"], source=source)
@@ -286,7 +288,9 @@ def softmax_of_seed(split: Any, teacher: Trained, students: dict[tuple[int, Any]
     method: trained for (budget, method), trained in students.items() if budget == fewest
   }
   first = {name: phases.one_seed(trained.variables) for name, trained in chosen.items()}
-  said = {name: chosen[name].model.apply(*variables, split, train=False)[0] for name, variables in first.items()}
+  said = {
+    name: chosen[name].model.apply(*variables, split, train=False, key=None)[0] for name, variables in first.items()
+  }
   return {name: np.asarray(jax.nn.softmax(outputs["logits"])) for name, outputs in said.items()}
 
 

@@ -243,7 +243,7 @@ def outputs(
   """
 
   def said(variables: tuple[PyTree, PyTree], batch: Any) -> dict[str, Any]:
-    found, _ = model.apply(*variables, batch, train=False)
+    found, _ = model.apply(*variables, batch, train=False, key=None)
     return {name: found[name] for name in names}
 
   apply = jax.jit(jax.vmap(said, (0, None)))
@@ -346,7 +346,7 @@ def latency(
   file = session.directory / "costs" / f"{slug(name)}-forward.json"
   if file.is_file():
     return json.loads(file.read_text())
-  forward = jax.jit(lambda params, state, batch: model.apply(params, state, batch, train=False)[0]["logits"])
+  forward = jax.jit(lambda params, state, batch: model.apply(params, state, batch, train=False, key=None)[0]["logits"])
   measured = {}
   for size in batch_sizes:
     batch = on_device(jax.tree.map(lambda x, size=size: x[:size], split))

@@ -55,7 +55,7 @@ def export_model(
     raise ValueError(f"only a model that reads the batch can leave; this one reads {model.inputs!r}, another's output")
 
   def forward(variables: tuple[PyTree, PyTree], batch: PyTree) -> dict[str, jax.Array]:
-    found, _ = model.apply(*variables, batch, train=False)
+    found, _ = model.apply(*variables, batch, train=False, key=None)
     return {path: lookup(found, path) for path in outputs}
 
   size = export.symbolic_shape(_BATCH)

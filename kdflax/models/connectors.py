@@ -209,8 +209,7 @@ class _Embedding(nnx.Module):
     self.linear = nnx.Linear(inputs, width, kernel_init=head_init, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> Outputs:
-    x = self.linear(x.reshape(x.shape[0], -1))
-    return {"output": l2_normalize(x.astype(jnp.promote_types(x.dtype, jnp.float32)))}
+    return {"output": l2_normalize(self.linear(x.reshape(x.shape[0], -1)))}
 
 
 class _Gaussian(nnx.Module):

@@ -54,7 +54,8 @@ def _exp_remainder_jvp(primals, tangents):
 
 
 def l2_normalize(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
-  """x / ||x||, whatever the scale of x; a zero vector stays zero and gets no gradient."""
+  """x / ||x|| in float32 or wider, whatever the scale of x; a zero vector stays zero and gets no gradient."""
+  x = x.astype(jnp.result_type(x.dtype, jnp.float32))
   x = x / _power_of_two(x, axis)  # so that neither squares nor their derivatives leave the range of the dtype
   return safe_divide(x, _norm(axis, x))
 

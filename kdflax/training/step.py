@@ -132,7 +132,7 @@ def learner(
         followers[name] = variables
       elif name not in frozen:
         params[name], states[name] = variables
-      run = lambda params, state, x, m=model: m.apply(params, state, x, train=False)[0]
+      run = lambda params, state, x, m=model: m.apply(params, state, x, train=False, key=None)[0]
       shapes = jax.eval_shape(run, *variables, example)
       context[name] = jax.tree.map(_zeros, shapes)
     jax.eval_shape(lambda context: evaluate(terms, context, 0), context)  # mistakes show before anything runs
@@ -159,7 +159,7 @@ def learner(
     for name in outside(frozen):
       average = averages.get(name)
       variables = (state.averages[name], state.model_state[average.source]) if average else frozen[name]
-      context[name], _ = models[name].apply(*variables, read(context, models[name]), train=False)
+      context[name], _ = models[name].apply(*variables, read(context, models[name]), train=False, key=None)
     context = jax.lax.stop_gradient(context)
 
     def objective(shared_params: PyTree, own_params: PyTree):
