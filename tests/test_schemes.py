@@ -171,6 +171,23 @@ def single_task_teachers(call, params, batch):
   return jnp.stack(rows)
 
 
+def merged_by_distillation(call, params, batch):
+  """Layer by layer, in the order of the leaves: each head is a layer, and so is the one that they share."""
+  base, tuned = (call.before.model_state["merged"][name] for name in ("base", "tuned"))
+  layers = [("shared", "hidden", "0"), ("task", "left", "head", "linear"), ("task", "right", "head", "linear")]
+  at = lambda tree, path: functools.reduce(lambda node, name: node[name], path, tree)
+  said = jax.tree.map(lambda leaf: leaf, base)
+  for i, path in enumerate(layers):
+    for name, leaf in at(base, path).items():
+      more = [params["merged"]["coefficients"][t, i] * (at(tuned[str(t)], path)[name] - leaf) for t in range(2)]
+      at(said, path)[name] = leaf + sum(more)
+  student, _ = call.network["left"].apply(said, {}, batch, train=False, key=None)
+  teachers = _outputs(call, params, ("left", "right"), batch)
+  logits = lambda outputs, task: outputs["logits"][task]
+  pairs = [(logits(student, t), logits(o, t)) for t, o in zip(("left", "right"), teachers, strict=True)]
+  return sum(_kl(*pair, 1.0).mean() for pair in pairs)
+
+
 def mutual(call, params, batch):
   students = [o["logits"] for o in _outputs(call, params, list(call.network), batch)]
   total = sum(_ce(z, batch["label"]) for z in students)
@@ -311,6 +328,8 @@ SCHEMES = {
   "Teachers that know some of the classes": class_subsets,
   "Gradients of the teachers, balanced": gradients_of_teachers,
   "Single-task teachers into one multi-task student": single_task_teachers,
+  "Merged by formula": soft_only,
+  "Merged by distillation": merged_by_distillation,
   "Mutual learning": mutual,
   "Online ensemble": online_ensemble,
   "Mean teacher": mean_teacher,
@@ -464,7 +483,27 @@ def _the_metrics_are_those_of_numpy(names, calls):
       np.testing.assert_allclose(results[f"{task} {name}"], value, rtol=1e-5, err_msg=name)
 
 
+def _a_fifth_of_each_difference_is_added(names, calls):
+  flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+  base, *tuned = (flat(names[name]) for name in ("base", "first", "second"))
+  differences = [np.where(np.abs(d) >= np.sort(np.abs(d))[-int(0.2 * d.size)], d, 0) for d in (t - base for t in tuned)]
+  sign = np.sign(sum(differences))
+  agreeing = np.where(np.sign(differences) == sign, differences, 0)
+  expected = base + agreeing.sum(0) / np.maximum((agreeing != 0).sum(0), 1)
+  np.testing.assert_allclose(flat(calls[0].frozen["teacher"][0]), expected, rtol=1e-5, atol=1e-6)
+
+
+def _the_merged_params_are_those_of_the_network(names, calls):
+  (call,) = calls
+  variables = call.after.params["merged"], call.after.model_state["merged"]
+  merged, _ = call.network["merged"].apply(*variables, _wide(names["batch"]), train=False, key=None)
+  alone, _ = call.network["left"].apply(names["params"], {}, names["batch"], train=False, key=None)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), merged, alone)
+
+
 CHECKS = {
+  "Merged by formula": _a_fifth_of_each_difference_is_added,
+  "Merged by distillation": _the_merged_params_are_those_of_the_network,
   "Mean teacher": lambda names, calls: _averages_follow(0.9, {"teacher": "student"}, calls),
   "Momentum encoder": lambda names, calls: _averages_follow(0.99, {"slow": "student", "slow_point": "point"}, calls),
   "Born again": _each_teaches_the_next,
@@ -500,6 +539,7 @@ def test_two_views_share_statistics_and_no_dropout():
 
 # What the audit of these tests changed in the recipes; each must be noticed.
 MUTATIONS = [
+  ("Merged by formula", "density=0.2", "density=0.3"),
   ("Mean teacher", ', "soft": soft("student.logits", "teacher.logits")', ""),
   ("Momentum encoder", 'Average("point", decay=0.99)', 'Average("point", decay=0.5)'),
   ("Single-task teachers into one multi-task student", "from_weighting(balancing.imtl_g)", "fixed(0.5)"),
