@@ -62,12 +62,16 @@ class Checkpoints:
         [keep, policies.BestN(get_metric_fn=score, n=1, reverse=False, keep_checkpoints_without_metrics=False)]
       )
     self._orbax = ocp.training.Checkpointer(str(self._directory), preservation_policy=keep)
+    self._saving: Any = None
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *_: Any) -> None:
-    self._orbax.close()
+    try:
+      self.wait()
+    finally:
+      self._orbax.close()
 
   def steps(self) -> list[int]:
     """The steps of the complete checkpoints, oldest first."""
@@ -87,14 +91,16 @@ class Checkpoints:
     """
     document: dict[str, Any] = {"extra": extra or {}, "shapes": _shapes(arrays), "digests": digests(arrays)}
     document["digest"] = digest_of_text(json.dumps(document, sort_keys=True))
-    self._orbax.wait()  # one save at a time: a second one would hold two copies of the state
-    self._orbax.save_checkpointables_async(
+    self.wait()  # one save at a time: a second one would hold two copies of the state
+    self._saving = self._orbax.save_checkpointables_async(
       step, {"state": arrays}, force=True, metrics=metrics, custom_metadata=document
     )
 
   def wait(self) -> None:
     """Waits until what was saved is on disk."""
-    self._orbax.wait()
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      saving.result()  # ends its thread and its event loop as well, which nothing else does
 
   def restore(self, like: PyTree, step: int | None = None) -> Restored | None:
     """Loads the newest checkpoint whose every array is as it was saved, and deletes the newer ones that are not.

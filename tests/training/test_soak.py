@@ -1,0 +1,57 @@
+"""A run that saves a thousand times has as many descriptors, threads and bytes at its end as at its beginning."""
+
+import gc
+import pathlib
+import threading
+
+import jax.numpy as jnp
+import pytest
+
+from kdflax.training import Checkpoints
+
+_SELF = pathlib.Path("/proc/self")
+pytestmark = pytest.mark.skipif(not (_SELF / "fd").is_dir(), reason="counts what Linux says of a process in /proc")
+
+
+def _descriptors():
+  return len(list((_SELF / "fd").iterdir()))
+
+
+def _resident_pages():
+  return int((_SELF / "statm").read_text().split()[1])
+
+
+def _save(checkpoints, steps):
+  for step in steps:
+    checkpoints.save(step, {"x": jnp.full(3, step)}, {"data": step})
+  checkpoints.wait()
+
+
+@pytest.mark.parametrize("saves", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_saving_costs_nothing_that_stays(tmp_path, saves):
+  gc.collect()
+  before = _descriptors(), threading.active_count()
+  with Checkpoints(tmp_path) as checkpoints:
+    _save(checkpoints, range(20))
+    gc.collect()
+    opened, pages = (_descriptors(), threading.active_count()), _resident_pages()
+    _save(checkpoints, range(20, saves))
+    gc.collect()
+    assert (_descriptors(), threading.active_count()) == opened
+    assert _resident_pages() - pages < 16 * 2**20 / 4096  # 2,000 saves; one save more is a few kilobytes at most
+    assert checkpoints.steps() == [saves - 2, saves - 1]
+  gc.collect()
+  assert (_descriptors(), threading.active_count()) == before
+
+
+def test_loading_costs_nothing_that_stays(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    _save(checkpoints, range(2))
+    like = {"x": jnp.zeros(3, int)}
+    checkpoints.restore(like)
+    gc.collect()
+    opened = _descriptors(), threading.active_count()
+    for _ in range(10):
+      checkpoints.restore(like)
+    gc.collect()
+    assert (_descriptors(), threading.active_count()) == opened
