@@ -260,7 +260,7 @@ def report(session: phases.Session, splits: Any, teacher: Trained, students: dic
   ]
   title = f"Students on digits: mean and 95% interval over {config.seeds} paired seeds"
   print(common.write_table(session.directory, "results", title, rows, results))
-  pictures.learning_curves(session.directory, "validation/accuracy")
+  pictures.learning_curves(session.directory, "validation/accuracy", "baseline")
   pictures.accuracy_by_method(session.directory, results)
   pictures.confused_digits(session.directory, splits["test"], softmax_of_seed(splits["test"], teacher, students))
 

@@ -333,9 +333,9 @@ def report(session: phases.Session, splits: Any, students: dict[str, Student]) -
     differing = [difference(name, base, results) for name, base in compared]
     title = f"Which differences are beyond noise (the 95% interval of the paired difference excludes 0): {note}"
     print(common.write_table(session.directory, "differences", title, differing, differing))
-  pictures.by_task(session.directory, results, tuple(config.tasks))
+  pictures.by_task(session.directory, results, tuple(config.tasks), BASES[0])
   if "validation" in splits:
-    pictures.learning_curves(session.directory, "validation/accuracy")
+    pictures.learning_curves(session.directory, "validation/accuracy", BASES[0])
 
 
 def meaningful(name: str, base: str) -> bool:

@@ -14,9 +14,14 @@ import numpy as np
 
 from experiments.common import interval, save_figure
 
+_NAMED = 5  # curves or methods that a picture names; more colours than that cannot be told apart
 
-def learning_curves(directory: pathlib.Path, metric: str) -> None:
-  """Draws a metric of `metrics.jsonl` against the step, a panel for each group of phases (`group, method`)."""
+
+def learning_curves(directory: pathlib.Path, metric: str, baseline: str) -> None:
+  """Draws a metric of `metrics.jsonl` against the step, a panel for each group of phases (`group, method`).
+
+  The best few methods and the baseline are named where their curves end, the others are grey.
+  """
   groups: dict[str, dict[str, list[tuple[int, float]]]] = {}
   for line in (directory / "metrics.jsonl").read_text().splitlines():
     row = json.loads(line)
@@ -24,29 +29,70 @@ def learning_curves(directory: pathlib.Path, metric: str) -> None:
       group, _, method = row["phase"].rpartition(", ")
       groups.setdefault(group, {}).setdefault(method, []).append((row["step"], 100 * np.mean(row[metric])))
   groups.pop("", None)  # the teacher's own phase
-  figure, panels = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 4), squeeze=False)
+  figure, panels = plt.subplots(1, len(groups), figsize=(6.5 * len(groups), 4), squeeze=False)
   for panel, (group, methods) in zip(panels[0], groups.items(), strict=True):
-    for method, points in methods.items():
-      panel.plot(*zip(*points, strict=True), label=method)
-    panel.set(title=group, xlabel="step", ylabel=f"{metric} (%), mean of seeds")
-    if len(methods) > 12:  # beside the curves, which it would hide
-      panel.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, ncols=-(-len(methods) // 20))
-    else:
-      panel.legend()
+    best_first = sorted(methods, key=lambda method: -methods[method][-1][1])
+    named = [method for method in best_first if method != baseline][:_NAMED]
+    for method in methods.keys() - {*named, baseline}:
+      panel.plot(*zip(*methods[method], strict=True), color="lightgray", linewidth=0.8, zorder=1)
+    ends = {}
+    for method in named:
+      ends[method] = (*methods[method][-1], panel.plot(*zip(*methods[method], strict=True), zorder=2)[0].get_color())
+    if baseline in methods:
+      panel.plot(*zip(*methods[baseline], strict=True), color="black", linestyle="--", zorder=3)
+      ends[baseline] = (*methods[baseline][-1], "black")
+    panel.set(title=group, xlabel="training step", ylabel=f"{metric.replace('/', ' ')} (%), mean of seeds")
+    label_beside(panel, ends)
+  figure.tight_layout()
   save_figure(figure, directory / "learning_curves.png")
   plt.close(figure)
 
 
+def label_beside(panel: Any, points: Mapping[str, tuple[float, float, str]]) -> None:
+  """Writes names right of a panel, at the heights of their points but never on top of each other.
+
+  Args:
+    panel: whose limits are final.
+    points: (x, y, colour) by name; a thin line leads from the name to the point.
+  """
+  low, high = panel.get_ylim()
+  names = sorted(points, key=lambda name: points[name][1])
+  heights = [(points[name][1] - low) / (high - low) for name in names]
+  gap = 0.15 / (panel.get_position().height * panel.figure.get_figheight())  # inches; a line of small print
+  for name, height in zip(names, spread(heights, gap), strict=True):
+    x, y, color = points[name]
+    line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
+    place = {"xytext": (1.04, height), "textcoords": "axes fraction", "va": "center", "fontsize": 8}
+    panel.annotate(name, (x, y), color=color, arrowprops=line, annotation_clip=False, **place)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+  """Moves sorted numbers apart until neighbours differ by the gap, around where they were."""
+  index = np.arange(len(heights))
+  pushed_up = np.maximum.accumulate(np.asarray(heights) - gap * index) + gap * index
+  pushed_down = np.minimum.accumulate((np.asarray(heights) - gap * index)[::-1])[::-1] + gap * index
+  return ((pushed_up + pushed_down) / 2).tolist()
+
+
+def bounded(widths: Sequence[float], means: Sequence[float]) -> np.ndarray:
+  """Half widths of intervals `[2, n]`, down and up, that leave neither 0 nor 100 percent."""
+  means, widths = np.asarray(means), np.nan_to_num(widths)
+  return np.stack([np.minimum(widths, means), np.minimum(widths, 100 - means)])
+
+
 def accuracy_by_method(directory: pathlib.Path, results: Sequence[Mapping[str, Any]]) -> None:
-  """Draws accuracy by method with 95% intervals, a panel for each number of labels, the teacher as a line."""
+  """Draws accuracy by method with 95% intervals, a panel for each number of labels; teacher and baseline are lines."""
   teacher = 100 * np.mean(next(r for r in results if r["method"] == "teacher")["accuracy"])
   budgets = list(dict.fromkeys(r["labels"] for r in results if r["method"] != "teacher"))
   figure, panels = plt.subplots(1, len(budgets), figsize=(5.5 * len(budgets), 3.5), squeeze=False)
   for panel, budget in zip(panels[0], budgets, strict=True):
     chosen = [r for r in results if r["labels"] == budget and r["method"] != "teacher"]
     means, widths = zip(*(interval(100 * np.asarray(r["accuracy"])) for r in chosen), strict=True)
-    panel.errorbar(means, range(len(chosen)), xerr=np.nan_to_num(widths), fmt="o", capsize=4)
+    panel.errorbar(means, range(len(chosen)), xerr=bounded(widths, means), fmt="o", capsize=4)
     panel.axvline(teacher, color="gray", linestyle=":", label="teacher")
+    panel.axvline(
+      means[[r["method"] for r in chosen].index("baseline")], color="black", linestyle="--", label="baseline"
+    )
     panel.set(title=f"{budget} labels", xlabel="test accuracy (%), 95% interval")
     panel.set_yticks(range(len(chosen)), [r["method"] for r in chosen])
     panel.invert_yaxis()
@@ -100,7 +146,11 @@ def task_trade_off(path: pathlib.Path, points: Mapping[str, Mapping[str, float]]
       panel.axvline(values[named[0]][0], color="gray", linestyle=":")
       panel.axhline(values[named[0]][1], color="gray", linestyle=":")
     hidden = len(values) - len(shown)
-    panel.set(xlabel=first, ylabel=second, title=f"{hidden} methods below the picture" if hidden else "")
+    panel.set(
+      xlabel=f"test score of {first}",
+      ylabel=f"test score of {second}",
+      title=f"{hidden} methods below the picture" if hidden else "",
+    )
     panel.legend(fontsize=8)
   figure.tight_layout()
   save_figure(figure, path)
@@ -161,40 +211,46 @@ def gradient_cosines(directory: pathlib.Path, highlight: str) -> None:
 
 def ranking(directory: pathlib.Path, results: Sequence[Mapping[str, Any]], teacher: Sequence[float]) -> None:
   """Draws ranked methods: accuracy with 95% intervals, and the paired gain against the time of a step."""
-  figure, (left, right) = plt.subplots(1, 2, figsize=(13, max(3.5, 0.26 * len(results))))
+  figure, (left, right) = plt.subplots(1, 2, figsize=(15, max(3.5, 0.26 * len(results))))
   means, widths = zip(*(interval(100 * np.asarray(r["accuracy"])) for r in results), strict=True)
-  left.errorbar(means, range(len(results)), xerr=np.nan_to_num(widths), fmt="o", markersize=4, capsize=3)
+  left.errorbar(means, range(len(results)), xerr=bounded(widths, means), fmt="o", markersize=4, capsize=3)
   left.axvline(100 * np.mean(teacher), color="gray", linestyle=":", label="teacher")
-  left.axvline(means[[r["method"] for r in results].index("baseline")], color="tab:red", label="baseline")
+  left.axvline(means[[r["method"] for r in results].index("baseline")], color="black", linestyle="--", label="baseline")
   left.set_yticks(range(len(results)), [r["title"] for r in results], fontsize=8)
   left.set(xlabel="test accuracy (%), 95% interval")
   left.invert_yaxis()
   left.legend()
-  usual = np.median([result["milliseconds"] for result in results])
-  for result in results:
-    if result["difference"] is None:
-      continue
+  usual, named = np.median([result["milliseconds"] for result in results]), {}
+  for result in (result for result in results if result["difference"] is not None):
     gain, width = interval(100 * np.asarray(result["difference"]))
-    right.errorbar(result["milliseconds"], gain, yerr=np.nan_to_num(width), fmt="o", color="tab:blue", alpha=0.6)
-    if abs(gain) > width or result["milliseconds"] > 2 * usual:  # the others lie on top of each other
-      place = result["milliseconds"], gain
-      right.annotate(result["title"], place, fontsize=7, xytext=(4, 3), textcoords="offset points")
-  right.axhline(0, color="tab:red")
+    matters = abs(gain) > width or result["milliseconds"] > 2 * usual
+    color = ("tab:blue" if gain > 0 else "tab:red") if matters else "lightgray"
+    right.errorbar(result["milliseconds"], gain, yerr=np.nan_to_num(width), fmt="o", color=color, zorder=1 + matters)
+    if matters:
+      named[result["title"]] = result["milliseconds"], gain, color
+  right.axhline(0, color="black", linestyle="--")
+  most = sorted(named, key=lambda title: -abs(named[title][1]))[: 2 * _NAMED]
   right.set(xscale="log", xlabel="time of a step (ms for each seed)", ylabel="gain over the baseline (points)")
-  right.set_title("named: gain beyond noise, or slow", fontsize=9)
+  right.set_title("blue and red: beyond noise, or slow; the largest are named", fontsize=9)
+  label_beside(right, {title: named[title] for title in most})
   figure.tight_layout()
   save_figure(figure, directory / "ranking.png")
   plt.close(figure)
 
 
-def by_task(directory: pathlib.Path, results: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> None:
-  """Draws accuracy by method with 95% intervals, a panel for each task; `accuracy.png`."""
+def by_task(
+  directory: pathlib.Path, results: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], baseline: str
+) -> None:
+  """Draws accuracy by method with 95% intervals, a panel for each task, the baseline as a line; `accuracy.png`."""
   figure, panels = plt.subplots(
     1, len(tasks), figsize=(5 * len(tasks), 0.4 * len(results) + 1.2), sharey=True, squeeze=False
   )
   for panel, task in zip(panels[0], tasks, strict=True):
     means, widths = zip(*(interval(100 * np.asarray(r["accuracy"][task])) for r in results.values()), strict=True)
-    panel.errorbar(means, range(len(results)), xerr=np.nan_to_num(widths), fmt="o", capsize=4)
+    panel.errorbar(means, range(len(results)), xerr=bounded(widths, means), fmt="o", capsize=4)
+    if baseline in results:
+      panel.axvline(means[list(results).index(baseline)], color="black", linestyle="--", label=baseline)
+      panel.legend()
     panel.set(title=task, xlabel="test accuracy (%), 95% interval")
     panel.set_yticks(range(len(results)), list(results))
   panels[0][0].invert_yaxis()

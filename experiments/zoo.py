@@ -356,7 +356,7 @@ def report(bench: Bench, students: dict[str, Student], weights: dict[str, tuple[
   print(common.write_table(bench.session.directory, "results", title, rows, document))
   pictures.ranking(bench.session.directory, results, bench.teacher_accuracy)
   if bench.validate is not None:
-    pictures.learning_curves(bench.session.directory, "validation/accuracy")
+    pictures.learning_curves(bench.session.directory, "validation/accuracy", BASELINE)
 
 
 def row(rank: int, result: dict[str, Any], known: dict[str, float]) -> dict[str, Any]:
