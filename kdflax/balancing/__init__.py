@@ -20,6 +20,7 @@ from kdflax.balancing.gradients import (
   task_gradients,
   trimmed_mean,
 )
+from kdflax.balancing.rows import Pullback, RowsUpdate, init_rows, update_rows
 from kdflax.balancing.scalarizers import (
   cosmos,
   dynamic_weight_average,
@@ -50,6 +51,8 @@ from kdflax.balancing.weightings import (
 __all__ = [
   "Balancer",
   "Combiner",
+  "Pullback",
+  "RowsUpdate",
   "aligned_mtl",
   "cagrad",
   "combine",
@@ -74,6 +77,7 @@ __all__ = [
   "gramian",
   "imtl_g",
   "imtl_l",
+  "init_rows",
   "joint_loss",
   "krum",
   "mgda",
@@ -90,5 +94,6 @@ __all__ = [
   "task_gradients",
   "trimmed_mean",
   "uncertainty",
+  "update_rows",
   "upgrad",
 ]

@@ -12,7 +12,7 @@ state ever becomes NaN.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,11 @@ class Balancer(NamedTuple):
   update: Callable[..., tuple[jax.Array, PyTree]]
   needs_gramian: bool = False
   needs_key: bool = False
+
+  @property
+  def needs(self) -> Literal["losses", "gramian"]:
+    """What `update` reads: the losses alone, or the Gramian of the gradients as well."""
+    return "gramian" if self.needs_gramian else "losses"
 
 
 class Inputs(NamedTuple):

@@ -8,9 +8,8 @@ corrected for their start at 0, so that the first direction has the full length.
 `balancers`, and a task counts as absent whose loss or any entry of whose gradient is not finite.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax import lax
 
 from kdflax.balancing._solvers import check_present, matvec
 from kdflax.balancing.balancers import Balancer, check_positive, shares_of
-from kdflax.balancing.gradients import combine, gramian, losses_array, num_tasks
+from kdflax.balancing.gradients import combine, finite_tasks, gramian, losses_array, num_tasks, select_tasks
 
 PyTree = Any
 
@@ -29,6 +28,11 @@ class Combiner(NamedTuple):
   init: Callable[[PyTree], PyTree]
   update: Callable[..., tuple[PyTree, PyTree]]
   needs_key: bool = False
+
+  @property
+  def needs(self) -> Literal["gradients"]:
+    """What `update` reads beside the losses: the gradient of every task."""
+    return "gradients"
 
 
 class BufferState(NamedTuple):
@@ -72,8 +76,7 @@ def _usable(losses: jax.Array, gradients: PyTree, present: jax.Array | None, nam
   if present is None:
     present = jnp.ones(tasks, bool)
   check_present(present, tasks)
-  finite = [jnp.isfinite(leaf).all(range(1, leaf.ndim)) for leaf in jax.tree.leaves(gradients)]
-  return losses, functools.reduce(jnp.logical_and, finite, present & jnp.isfinite(losses))
+  return losses, present & jnp.isfinite(losses) & finite_tasks(gradients)
 
 
 def _checked(losses: jax.Array, gradients: PyTree, tasks: int, present: jax.Array | None, name: str):
@@ -82,7 +85,7 @@ def _checked(losses: jax.Array, gradients: PyTree, tasks: int, present: jax.Arra
   if found != tasks:
     raise ValueError(f"{name}: the state is for {tasks} tasks, but the gradients are of {found}.")
   losses, present = _usable(losses, gradients, present, name)
-  return losses, jax.tree.map(lambda leaf: jnp.where(_rows(present, leaf), leaf, 0), gradients), present
+  return losses, select_tasks(gradients, present), present
 
 
 def _buffer(gradients: PyTree) -> BufferState:

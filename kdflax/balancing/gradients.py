@@ -4,6 +4,7 @@ Gradients of T tasks are one pytree like the parameters with a leading T axis on
 or concatenated with another, so every leaf keeps its sharding and its dtype.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,13 +85,15 @@ def task_gradients(
     return stack_losses(losses), aux
 
   losses, pullback, aux = jax.vjp(stacked, params, has_aux=True)
-  tasks = losses.shape[0]
-  basis = jnp.eye(tasks, dtype=losses.dtype)
-  if batch_size is None or batch_size >= tasks:
-    (gradients,) = jax.vmap(pullback)(basis)
-  else:
-    (gradients,) = lax.map(pullback, basis, batch_size=batch_size if batch_size > 1 else None)
+  (gradients,) = pull_back(pullback, jnp.eye(losses.shape[0], dtype=losses.dtype), batch_size)
   return (losses, gradients, aux) if has_aux else (losses, gradients)
+
+
+def pull_back(pullback: Callable[[jax.Array], PyTree], basis: jax.Array, batch_size: int | None) -> PyTree:
+  """Return the pullback of every row of a basis on a leading axis: all at once, or `batch_size` at a time."""
+  if batch_size is None or batch_size >= len(basis):
+    return jax.vmap(pullback)(basis)
+  return lax.map(pullback, basis, batch_size=batch_size if batch_size > 1 else None)
 
 
 def representation_gradients(
@@ -139,6 +142,23 @@ def num_tasks(gradients: PyTree) -> int:
       f"gradients must have one leading axis of T tasks on every leaf; got sizes {sizes or 'of no leaf'}."
     )
   return next(iter(sizes))
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+  """Return whether every entry of every leaf is finite, a scalar bool."""
+  return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)], jnp.bool_(True))
+
+
+def finite_tasks(gradients: PyTree) -> jax.Array:
+  """Return which tasks have a gradient that is finite everywhere, `[T]` bool."""
+  return functools.reduce(
+    jnp.logical_and, [jnp.isfinite(leaf).all(range(1, leaf.ndim)) for leaf in jax.tree.leaves(gradients)]
+  )
+
+
+def select_tasks(gradients: PyTree, present: jax.Array) -> PyTree:
+  """Return the gradients with 0 in place of absent tasks, before any product: 0 times NaN is NaN."""
+  return jax.tree.map(lambda leaf: jnp.where(jnp.expand_dims(present, range(1, leaf.ndim)), leaf, 0), gradients)
 
 
 def _accumulator(dtype: jnp.dtype) -> jnp.dtype:

@@ -15,7 +15,6 @@ from kdflax.numerics.trees import merge, partition
 from kdflax.objectives import Metrics, Term, evaluate, is_stopped, is_watched
 from kdflax.training.mesh import replicated
 from kdflax.training.state import TrainState
-from kdflax.training.update import balance, init_balancer
 
 
 class Average(NamedTuple):
@@ -75,9 +74,9 @@ def learner(
     penalties: costs of the trained params (a coupling between tasks) by name. They are no rows: a balancer never sees
       them, and their gradient, times their weight, is added to the update that it makes of the rows. The metrics hold
       the unweighted values.
-    balancer: how rows of the objective become one update; by default their sum. A row whose loss is not finite is then
-      absent, as one without examples is: its Terms give no gradient, and the params stay finite if all that a model
-      computes is. Without a balancer it spoils the params, and the loss in the log says so.
+    balancer: how rows of the objective become one update; by default their sum. A row whose loss or gradient is not
+      finite is then absent, as one without examples is (see `balancing.update_rows`), and the params stay finite if all
+      that a model computes is. Without a balancer it spoils the params, and the loss in the log says so.
     rows: names of the terms that are added before the balancer sees them, by name of the row; by default each term is a
       row. A term whose weight is the number 0 is only watched and needs none. A row is absent at a step where all its
       weights are 0, as a schedule may say.
@@ -143,7 +142,7 @@ def learner(
       shape = jax.eval_shape(penalty.function, params).shape
       if shape:
         raise ValueError(f"penalty {name!r} must return a scalar, it has shape {shape}; sum over it")
-    balancer_state = init_balancer(balancer, len(rows), partition(params, shared, name="shared")[0])
+    balancer_state = balancing.init_rows(balancer, len(rows), partition(params, shared, name="shared")[0])
     if not penalties:
       _check_models_learn(models, terms, [name for name in params if jax.tree.leaves(params[name])])
     average_params = {name: params[average.source] for name, average in averages.items()}
@@ -176,7 +175,7 @@ def learner(
     losses, pullback, (states, metrics) = jax.vjp(objective, shared_params, own_params, has_aux=True)
     counts = {name: jnp.where(_at(term.weight, state.step) > 0, metrics[name][1], 0) for name, term in terms.items()}
     present = jnp.stack([sum(counts[term] for term in row) > 0 for row in rows.values()])
-    gradient, balancer_state, weights = balance(
+    update = balancing.update_rows(
       balancer,
       losses,
       pullback,
@@ -187,7 +186,7 @@ def learner(
       batch_size=batch_size,
       axis_name=axis_name,
     )
-    gradient = merge(*gradient)
+    gradient = merge(update.shared, update.own)
     if penalties:
       slope, values = jax.grad(_penalize, has_aux=True)(state.params, penalties, state.step)
       gradient = jax.tree.map(jnp.add, gradient, slope)
@@ -196,13 +195,13 @@ def learner(
     params: Any = optax.apply_updates(state.params, updates)
     if axis_name is not None:
       states = jax.tree.map(lambda leaf: _mean_if_inexact(leaf, axis_name), states)
-    if weights is not None:
-      metrics |= {f"weight/{row}": (weight, jnp.ones(())) for row, weight in zip(rows, weights, strict=True)}
+    if update.weights is not None:
+      metrics |= {f"weight/{row}": (weight, jnp.ones(())) for row, weight in zip(rows, update.weights, strict=True)}
     moved = {
       name: optax.incremental_update(params[a.source], state.averages[name], 1 - _at(a.decay, state.step))
       for name, a in averages.items()
     }
-    return TrainState(state.step + 1, params, states, opt_state, balancer_state, moved, state.key), metrics
+    return TrainState(state.step + 1, params, states, opt_state, update.state, moved, state.key), metrics
 
   return Learner(init, step)
 
