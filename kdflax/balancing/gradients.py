@@ -146,14 +146,14 @@ def num_tasks(gradients: PyTree) -> int:
 
 def all_finite(tree: PyTree) -> jax.Array:
   """Return whether every entry of every leaf is finite, a scalar bool."""
-  return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)], jnp.bool_(True))
+  finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+  return functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
 
 
 def finite_tasks(gradients: PyTree) -> jax.Array:
   """Return which tasks have a gradient that is finite everywhere, `[T]` bool."""
-  return functools.reduce(
-    jnp.logical_and, [jnp.isfinite(leaf).all(range(1, leaf.ndim)) for leaf in jax.tree.leaves(gradients)]
-  )
+  finite = [jnp.isfinite(leaf).all(range(1, leaf.ndim)) for leaf in jax.tree.leaves(gradients)]
+  return functools.reduce(jnp.logical_and, finite)
 
 
 def select_tasks(gradients: PyTree, present: jax.Array) -> PyTree:

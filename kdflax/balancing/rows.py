@@ -4,7 +4,6 @@ A row is one entry of what is balanced: a task, or some Terms of an objective. T
 balancer what it needs, and the one place that says: a row that is not finite is absent.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -143,17 +142,17 @@ def update_rows(
     """The rows apart, without those that are not finite; and whether there was none among them."""
     decision = decide(update.present)
     weights = own_weights(decision, update.present)
-    pairs = (weights if decision.weights is None else decision.weights, weights)
+    pair = (weights if decision.weights is None else decision.weights, weights)
 
     def add(totals: tuple[PyTree, PyTree], row: jax.Array):
       unit = (jnp.arange(losses.shape[0]) == row) & update.present
       parts = pull(unit)
       finite = all_finite(parts)
-      added = tuple(
-        jax.tree.map(lambda total, leaf: total + jnp.where(finite, weight[row] * leaf, 0).astype(total.dtype), *both)
-        for weight, *both in zip(pairs, totals, parts, strict=True)
-      )
-      return added, finite
+      added = [
+        jax.tree.map(lambda total, leaf, weight=weight: _add_if(finite, total, weight[row], leaf), *both)
+        for weight, *both in zip(pair, totals, parts, strict=True)
+      ]
+      return tuple(added), finite
 
     zeros = jax.tree.map(jnp.zeros_like, (update.shared, update.own))
     (shared, own), finite = lax.scan(add, zeros, jnp.arange(losses.shape[0]))
@@ -169,3 +168,7 @@ def update_rows(
     (update, all_finite((update.shared, update.own))),
   )
   return update
+
+
+def _add_if(adds: jax.Array, total: jax.Array, weight: jax.Array, leaf: jax.Array) -> jax.Array:
+  return total + jnp.where(adds, weight * leaf, 0).astype(total.dtype)

@@ -25,15 +25,16 @@ BALANCERS = {
 }
 W, HEAD = jnp.array([0.5, -1.0, 2.0]), jnp.array([1.5, -0.5])
 ALL, WITHOUT_MIDDLE = jnp.array([True, True, True]), jnp.array([True, False, True])
+PARAMS = {"w": "model.w", "head": "model.head"}
 TERMS = {
-  "first": Term(lambda w, head: jnp.atleast_1d((w.sum() - 3) ** 2 + head[0] + 4), {"w": "model.w", "head": "model.head"}),
+  "first": Term(lambda w, head: jnp.atleast_1d((w.sum() - 3) ** 2 + head[0] + 4), PARAMS),
   "middle": Term(  # whose derivative is not finite at its targets
     lambda w, head, factor, at_w, at_head: jnp.atleast_1d(
       factor * (jnp.sqrt(((w - at_w) ** 2).sum()) + jnp.sqrt(((head - at_head) ** 2).sum()) + 1)
     ),
-    {"w": "model.w", "head": "model.head"} | {name: f"batch.{name}" for name in ("factor", "at_w", "at_head")},
+    PARAMS | {name: f"batch.{name}" for name in ("factor", "at_w", "at_head")},
   ),
-  "last": Term(lambda w, head: jnp.atleast_1d(jnp.exp(w).sum() - head.prod()), {"w": "model.w", "head": "model.head"}),
+  "last": Term(lambda w, head: jnp.atleast_1d(jnp.exp(w).sum() - head.prod()), PARAMS),
 }
 HEALTHY = {"factor": jnp.float32(1), "at_w": jnp.zeros(3), "at_head": jnp.zeros(2)}
 CASES = {  # (batch, which rows have examples)
