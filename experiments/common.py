@@ -12,11 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
-from scipy import stats
-from tqdm import tqdm
 
+from kdflax.extras import extra
 from kdflax.training import PREEMPTED, Preempted, write_atomically
+
+with extra("experiments", "an experiment"):
+  import tyro
+  from scipy import stats
+  from tqdm import tqdm
 
 BAD_INPUT = 2  # exit code
 _ROOM = 100 * 2**20  # bytes that a run wants free on the disk

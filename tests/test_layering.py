@@ -16,11 +16,12 @@ MODULES = sorted((ROOT / "kdflax").rglob("*.py"))
 PACKAGES = ["kdflax", *sorted(f"kdflax.{m.name}" for m in pkgutil.iter_modules(kdflax.__path__) if m.ispkg)]
 
 # Everything may stand on the ground floor, which stands on itself.
-GROUND = ("kdflax.model", "kdflax.files", "kdflax.numerics")
+GROUND = ("kdflax.model", "kdflax.files", "kdflax.numerics", "kdflax.extras")
 # What else the modules of a layer may import of kdflax: prefixes of module names. "kdflax.losses" allows all below it.
 MAY_IMPORT = {
   "model": (),
   "files": (),
+  "extras": (),
   "numerics": (),
   "losses": ("kdflax.losses",),
   "coupling": ("kdflax.coupling",),

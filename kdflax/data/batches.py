@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdflax.data.arrays import Arrays, gather, num_examples
+from kdflax.extras import extra
 
 
 def batch_indices(key: jax.Array, step: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
@@ -129,8 +130,8 @@ def grain_batches(
   Raises:
     ValueError: `batch_size` is not positive or larger than the data.
   """
-  import grain  # takes two seconds, which users of DeviceBatches need not pay
-
+  with extra("data", "a Grain pipeline"):
+    import grain  # takes two seconds, which users of DeviceBatches need not pay
   _check_batch_size(batch_size, num_examples(arrays))
   data = grain.MapDataset.source(_Records(arrays)).seed(seed).shuffle().repeat(None)
   if augment is not None:
@@ -287,7 +288,7 @@ def _check_batch_size(batch_size: int, total: int) -> None:
 
 def _mark_flags_as_parsed() -> None:
   """Let Grain read its absl flags in a program that is no absl application; without this its workers fail to start."""
-  from absl import flags
-
+  with extra("data", "a Grain pipeline"):
+    from absl import flags
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdflax.data.arrays import Arrays, check, gather, stratified_split
+from kdflax.extras import extra
 
 _CIFAR_PIXELS = 3 * 32 * 32
 _CIFAR_FILES = {
@@ -256,12 +257,10 @@ def _parquet_file(file: Path, image: str, labels: list[str]) -> tuple[list[np.nd
   data = file.read_bytes()
   if len(data) < 12 or data[:4] != b"PAR1" or data[-4:] != b"PAR1":
     raise ValueError(f"{file}: not a whole Parquet file; expected PAR1 at both ends, saw {len(data)} bytes without")
-  try:
+  with extra("parquet", "reading Parquet"):
     import PIL  # noqa: F401
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
     import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
-  except ImportError as error:
-    raise ImportError('reading Parquet needs pyarrow and Pillow: pip install "kdflax[parquet]"') from error
   try:
     parquet_file = pq.ParquetFile(pa.BufferReader(data))
     missing = {image, *labels} - set(parquet_file.schema_arrow.names)

@@ -8,6 +8,7 @@ import numpy as np
 
 from kdflax.data.arrays import Arrays, check, stratified_split
 from kdflax.data.readers import cifar, mnist
+from kdflax.extras import extra
 
 SPLITS = ("train", "validation", "test")
 
@@ -31,10 +32,8 @@ def digits(seed: int = 0, *, sizes: Sequence[int] = (1000, 297, 500)) -> dict[st
     Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (the test
     part of it is what scikit-learn bundles).
   """
-  from sklearn.datasets import load_digits  # takes a second, which users of other data need not pay
-
   _check_three(sizes)
-  images, labels = map(np.asarray, load_digits(return_X_y=True))
+  images, labels = _bundled("digits")
   images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
   indices = stratified_split(labels, sizes, seed=seed)
   splits = {
@@ -199,10 +198,16 @@ def _standardized(values: np.ndarray, train: np.ndarray) -> np.ndarray:
   return ((values - values[train].mean(axis=0)) / values[train].std(axis=0)).astype(np.float32)
 
 
-def _diabetes() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-  from sklearn.datasets import load_diabetes
+def _bundled(name: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Inputs and targets of a set that comes with scikit-learn."""
+  with extra("data", f"the data set {name!r}"):
+    from sklearn import datasets  # takes a second, which users of other data need not pay
+  inputs, targets = getattr(datasets, f"load_{name}")(return_X_y=True, **options)
+  return np.asarray(inputs), np.asarray(targets)
 
-  columns, progression = map(np.asarray, load_diabetes(return_X_y=True, scaled=False))
+
+def _diabetes() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+  columns, progression = _bundled("diabetes", scaled=False)
   sex, glucose = 1, 9
   inputs = np.delete(columns, [sex, glucose], axis=1)
   # Sex is written as 1 and 2.
@@ -214,9 +219,7 @@ def _diabetes() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray
 
 
 def _wine() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-  from sklearn.datasets import load_wine
-
-  columns, cultivar = map(np.asarray, load_wine(return_X_y=True))
+  columns, cultivar = _bundled("wine")
   alcohol, color = 0, 9
   inputs = np.delete(columns, [alcohol, color], axis=1)
   return inputs, {"alcohol": columns[:, alcohol], "color_intensity": columns[:, color]}, {"cultivar": cultivar}
