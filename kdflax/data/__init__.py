@@ -2,12 +2,21 @@
 
 from kdflax.data.arrays import check, gather, num_examples, stratified_split, with_label_budget
 from kdflax.data.augment import random_flip, random_shift
-from kdflax.data.batches import DeviceBatches, MixedBatches, batch_indices, grain_batches, mix, padded_batches
+from kdflax.data.batches import (
+  DeviceBatches,
+  GrainBatches,
+  MixedBatches,
+  batch_indices,
+  grain_batches,
+  mix,
+  padded_batches,
+)
 from kdflax.data.readers import cifar, idx, mnist, parquet
 from kdflax.data.sources import digits, load, overlaid_digits, tabular
 
 __all__ = [
   "DeviceBatches",
+  "GrainBatches",
   "MixedBatches",
   "batch_indices",
   "check",

@@ -9,6 +9,7 @@ import numpy as np
 
 from kdflax.data.arrays import Arrays, gather, num_examples
 from kdflax.extras import extra
+from kdflax.files import digest
 
 
 def batch_indices(key: jax.Array, step: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
@@ -88,16 +89,9 @@ class DeviceBatches:
     Raises:
       ValueError: it belongs to other batches, which no position could continue; the differing fields are named.
     """
-    own = self.get_state()
-    if set(state) != set(own):
-      raise ValueError(f"a position of DeviceBatches has the fields {sorted(own)}, got {sorted(state)}")
-    differing = [
-      f"{name} {state[name]} (here {own[name]})" for name in own if name != "step" and state[name] != own[name]
-    ]
-    if differing or state["step"] < 0:
-      raise ValueError(
-        f"the position at step {state['step']} is of other batches: {', '.join(differing) or 'step < 0'}"
-      )
+    _check_position("DeviceBatches", state, self.get_state(), counter="step")
+    if state["step"] < 0:
+      raise ValueError(f"a position counts steps from 0, got step {state['step']}")
     self._step = int(state["step"])
 
 
@@ -108,7 +102,7 @@ def grain_batches(
   seed: int,
   augment: Callable[[Arrays, np.random.Generator], Arrays] | None = None,
   num_workers: int = 0,
-) -> Any:
+) -> "GrainBatches":
   """Iterate without end over NumPy batches from a Grain pipeline: shuffle, repeat, augment, batch.
 
   Every epoch has its own order, and every visit of an example its own random generator, both functions of the seed and
@@ -124,8 +118,7 @@ def grain_batches(
       not. Workers import the main script again, so guard it with `if __name__ == "__main__"`.
 
   Returns:
-    A Grain iterator with `__next__`, `get_state` and `set_state`; the position is a dict that JSON can hold, and Orbax
-    takes the iterator itself.
+    An iterator with a position, a dict that JSON can hold.
 
   Raises:
     ValueError: `batch_size` is not positive or larger than the data.
@@ -142,7 +135,54 @@ def grain_batches(
   if num_workers:
     _mark_flags_as_parsed()
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-  return iter(stream)
+  return GrainBatches(
+    iter(stream),
+    {
+      "num_examples": num_examples(arrays),
+      "batch_size": batch_size,
+      "seed": seed,
+      "num_workers": num_workers,
+      "content": _content(arrays),
+    },
+  )
+
+
+class GrainBatches:
+  """What `grain_batches` returns: a Grain iterator whose position also says which batches it is of.
+
+  Grain's own position is a counter, which any other pipeline would take and continue with other examples.
+
+  Args:
+    iterator: of Grain, kept under this name for what else Grain can do with it.
+    identity: what the batches depend on, as JSON.
+  """
+
+  def __init__(self, iterator: Any, identity: dict[str, Any]):
+    self.iterator = iterator
+    self._identity = identity
+
+  def __iter__(self) -> "GrainBatches":
+    return self
+
+  def __next__(self) -> Arrays:
+    return next(self.iterator)
+
+  def get_state(self) -> dict[str, Any]:
+    """Return the position: Grain's own, and what the batches depend on besides the augmentation."""
+    return self._identity | {"grain": self.iterator.get_state()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Continue at a position that `get_state` returned.
+
+    Args:
+      state: the position.
+
+    Raises:
+      ValueError: it belongs to other batches, which no position could continue; the differing fields are named. The
+        content of a data set is known by its names, types, shapes and 64 of its examples.
+    """
+    _check_position("a Grain pipeline", state, self.get_state(), counter="grain")
+    self.iterator.set_state(state["grain"])
 
 
 def padded_batches(arrays: Arrays, batch_size: int) -> Iterator[Arrays]:
@@ -259,6 +299,23 @@ class _Records:
 
   def __getitem__(self, index: int) -> Arrays:
     return jax.tree.map(lambda values: values[index], self._arrays)
+
+
+def _check_position(kind: str, state: dict[str, Any], own: dict[str, Any], *, counter: str) -> None:
+  """Raise a ValueError unless two positions differ in nothing but their counter."""
+  if set(state) != set(own):
+    raise ValueError(f"a position of {kind} has the fields {sorted(own)}, got {sorted(state)}")
+  differing = [
+    f"{name} {state[name]} (here {own[name]})" for name in own if name != counter and state[name] != own[name]
+  ]
+  if differing:
+    raise ValueError(f"the position at {counter} {state[counter]} is of other batches: {', '.join(differing)}")
+
+
+def _content(arrays: Arrays) -> str:
+  """A short name for what a data set holds, from a few of its examples: it may be larger than memory."""
+  rows = np.unique(np.linspace(0, num_examples(arrays) - 1, 64).astype(int))
+  return digest(gather(arrays, rows))[:16]
 
 
 def _read_only(values: np.ndarray) -> np.ndarray:

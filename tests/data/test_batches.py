@@ -172,6 +172,31 @@ def test_a_position_of_other_batches_is_refused(change, message):
     batches.set_state(batches.get_state() | change)
 
 
+def _reversed(arrays):
+  return jax.tree.map(lambda values: values[::-1], arrays)
+
+
+@pytest.mark.parametrize(
+  ("other", "message"),
+  [
+    (lambda: grain_batches(_arrays(), BATCH_SIZE, seed=1), r"position at grain .* other batches: seed 1 \(here 0\)$"),
+    (lambda: grain_batches(_arrays(), 4, seed=0), r"other batches: batch_size 4 \(here 5\)$"),
+    (lambda: grain_batches(_arrays(24), BATCH_SIZE, seed=0), r"num_examples 24 \(here 23\), content "),
+    (lambda: grain_batches(_reversed(_arrays()), BATCH_SIZE, seed=0), r"other batches: content \w+ \(here \w+\)$"),
+    (lambda: grain_batches({"image": _arrays()["image"]}, BATCH_SIZE, seed=0), r"other batches: content \w+"),
+    (_device, r"a position of a Grain pipeline has the fields \['batch_size', 'content', 'grain', "),
+  ],
+  ids=["seed", "batch size", "examples", "content", "names", "kind"],
+)
+def test_a_position_of_another_grain_pipeline_is_refused(other, message):
+  other, batches = other(), _grain()
+  _take(other, 2)
+  position = json.loads(json.dumps(other.get_state()))
+  with pytest.raises(ValueError, match=message):
+    batches.set_state(position)
+  _assert_equal(_take(batches, 1), _take(_grain(), 1))  # where it was
+
+
 def test_grain_visits_every_example_once_per_epoch_in_a_new_order():
   labels = np.concatenate([batch["label"]["left"] for batch in _take(_grain(), 2 * NUM_EXAMPLES)])
   epochs = labels.reshape(-1, NUM_EXAMPLES)
