@@ -1,4 +1,8 @@
-"""Distillation losses: pure functions of arrays, student first, one value per example."""
+"""Distillation losses: pure functions of arrays, student first, one value per example.
+
+Value and gradient keep their digits in float32 for features of a scale of 1e-15 to 1e15; where a value of higher degree
+in the features leaves float32 before they do, the docstring of the loss says from which scale to which it holds.
+"""
 
 from kdflax.losses.attention_maps import attention_transfer, class_attention_transfer, factor_transfer
 from kdflax.losses.contrastive import CRDMemory, crd, crd_memory, info_nce

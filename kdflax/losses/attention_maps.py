@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kdflax.losses.features import check_maps, map_pair, per_example
 from kdflax.numerics.examples import as_examples, check_same, flatten, mask
 from kdflax.numerics.pooling import adaptive_average_pool
-from kdflax.numerics.safe import l2_normalize
+from kdflax.numerics.safe import in_own_units, l2_normalize
 
 
 def attention_transfer(
@@ -83,7 +83,7 @@ def factor_transfer(
   if int(input_power) != input_power:
     raise ValueError(f"input_power must be an integer; got {input_power}")
   student, teacher = map_pair(student, teacher, where)
-  factor = lambda features: _unit_map((features ** int(input_power)).mean(axis=-1))
+  factor = lambda features: _unit_map((_ready_for(input_power, features) ** int(input_power)).mean(axis=-1))
   return mask((jnp.abs(factor(student) - factor(teacher)) ** output_power).mean(axis=-1), where)
 
 
@@ -144,8 +144,13 @@ def _check_power(name: str, power: float) -> None:
 
 
 def _attention(features: jax.Array, power: float) -> jax.Array:
-  strength = jnp.square(features) if power == 2 else jnp.abs(features) ** power
+  strength = jnp.square(features) if power == 2 else jnp.abs(_ready_for(power, features)) ** power
   return _unit_map(strength.mean(axis=-1))
+
+
+def _ready_for(power: float, features: jax.Array) -> jax.Array:
+  """The features, scaled where a power could leave the range of the dtype: squares of 1e-15 and of 1e15 do not."""
+  return features if power <= 2 else in_own_units(features, axis=tuple(range(1, features.ndim)))
 
 
 def _unit_map(values: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 q is the student's and p the teacher's distribution at temperature T. All of it happens on log-probabilities; mixtures
 are sums of exponentials. A class at -inf on both sides adds nothing. A class at -inf on one side only is impossible
-there: the divergence is infinite where the other side's expectation runs over it.
+there: the divergence is infinite where the other side's expectation runs over it, however unlikely it is there.
 """
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from kdflax.numerics.examples import mask
+from kdflax.numerics.examples import check_range, mask
 from kdflax.numerics.log_probabilities import (
   along,
   log_ratio,
@@ -29,6 +29,10 @@ def _log_probabilities(
   """log q, log p and the hyper-parameters after the temperature, which come first."""
   student, teacher, temperature, *others = logit_pair(student_logits, teacher_logits, where, **hyper)
   return [log_softmax(student, temperature), log_softmax(teacher, temperature), *others]
+
+
+def _check_share(name: str, value: float | jax.Array, where: jax.Array | None) -> None:
+  check_range(name, value, "at least 0 and below 1", lambda share: (share >= 0) & (share < 1), where)
 
 
 @jax.custom_jvp
@@ -176,11 +180,13 @@ def skew_kl(
     `[...]` in float32 or wider, 0 for masked examples.
 
   Raises:
-    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+    ValueError: if the shapes differ, an input is not floating, `where` does not fit, or `alpha` is a number
+      outside [0, 1).
 
   Reference: Ko, Kim, Chen and Yun, "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024,
   arXiv 2402.03898.
   """
+  _check_share("alpha", alpha, where)
   log_q, log_p, alpha = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, alpha=alpha)
   return mask(relative_entropy(log_p, _log_mixture(log_p, log_q, alpha)), where)
 
@@ -211,11 +217,13 @@ def reverse_skew_kl(
     `[...]` in float32 or wider, 0 for masked examples.
 
   Raises:
-    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+    ValueError: if the shapes differ, an input is not floating, `where` does not fit, or `alpha` is a number
+      outside [0, 1).
 
   Reference: Ko, Kim, Chen and Yun, "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024,
   arXiv 2402.03898.
   """
+  _check_share("alpha", alpha, where)
   log_q, log_p, alpha = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, alpha=alpha)
   return mask(relative_entropy(log_q, _log_mixture(log_q, log_p, alpha)), where)
 

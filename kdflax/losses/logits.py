@@ -202,8 +202,10 @@ def _decouple(logits: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def _cross_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-  """`-sum_c p_c log q_c`, where a class with log p = -inf adds nothing."""
-  return -jnp.sum(jnp.exp(log_p) * jnp.where(log_p == -jnp.inf, 0, log_q), axis=-1)
+  """`-sum_c p_c log q_c`: a class with log p = -inf adds nothing, any other with log q = -inf makes it inf."""
+  missed = log_q == -jnp.inf
+  terms = jnp.where(missed, jnp.inf, -jnp.exp(log_p) * jnp.where(missed, 0, log_q))  # also where p has underflown
+  return jnp.sum(jnp.where(log_p == -jnp.inf, 0, terms), axis=-1)
 
 
 def standardize_logits(logits: jax.Array, *, axis: int = -1, epsilon: float | jax.Array = 1e-7) -> jax.Array:

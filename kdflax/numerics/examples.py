@@ -5,9 +5,11 @@ replaced by zeros before anything is computed, so that neither their values nor 
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 AxisName = str | tuple[str, ...] | None
 
@@ -48,17 +50,48 @@ def hyper_parameters(
   """Returns hyper-parameters as arrays of a dtype: numbers, or one for each example and 1/2 where that is masked.
 
   Raises:
-    ValueError: if one does not broadcast to the examples; broadcasting the other way would pair every example with
-      every value.
+    ValueError: if one does not broadcast to the examples, since broadcasting the other way would pair every example
+      with every value, or if one called temperature is known to be 0 or less or NaN.
   """
-  found = []
+  checked = []
   for name, value in hyper.items():
     if value is None or isinstance(value, str):
       raise ValueError(f"{name} must be a number or an array; got {value!r}")
     check_broadcasts(name, jnp.shape(value), "the examples", examples)
+    if name.endswith("temperature"):
+      check_range(name, value, "above 0", lambda numbers: numbers > 0, where)
     value = jnp.asarray(value, dtype)
-    found.append(value if where is None or not value.ndim else jnp.where(jnp.asarray(where), value, 0.5))
-  return found
+    checked.append(value if where is None or not value.ndim else jnp.where(jnp.asarray(where), value, 0.5))
+  return checked
+
+
+def check_range(
+  name: str,
+  value: float | jax.Array | np.ndarray,
+  allowed: str,
+  inside: Callable[[np.ndarray], np.ndarray],
+  where: jax.Array | None = None,
+) -> None:
+  """Raises a ValueError unless a hyper-parameter that is a Python or NumPy number lies inside a range.
+
+  A JAX array passes: it may be traced, and reading one that is not would wait for the device.
+
+  Args:
+    name: of the hyper-parameter.
+    value: a number, or one for each example.
+    allowed: the range in words, such as "above 0".
+    inside: which numbers lie in it; NaN must not.
+    where: bool, which examples count; the values of others may be anything.
+  """
+  if isinstance(value, jax.Array):
+    return
+  fits = np.asarray(inside(np.asarray(value)))
+  if where is not None and fits.ndim:
+    if isinstance(where, jax.core.Tracer):
+      return
+    fits = fits | ~np.asarray(where)
+  if not fits.all():
+    raise ValueError(f"{name} must be {allowed}; got {value}")
 
 
 def check_broadcasts(name: str, shape: tuple[int, ...], what: str, wanted: tuple[int, ...]) -> None:

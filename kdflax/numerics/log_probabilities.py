@@ -13,8 +13,18 @@ from kdflax.numerics.safe import exp_remainder
 def logit_pair(
   student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None, **hyper: float | jax.Array
 ) -> list[jax.Array]:
-  """Both logits and the hyper-parameters, checked, in float32 or wider; masked examples have zeros for logits."""
+  """Both logits and the hyper-parameters, checked, in float32 or wider; masked examples have zeros for logits.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, there is one class only, a hyper-parameter or `where`
+      does not fit, or a temperature that is known before tracing is not positive.
+  """
   check_same("shape", student_logits=jnp.shape(student_logits), teacher_logits=jnp.shape(teacher_logits))
+  if jnp.shape(student_logits)[-1:] == (1,):
+    raise ValueError(
+      f"student_logits and teacher_logits need at least 2 classes, since one has probability 1 whatever its logit; got "
+      f"{jnp.shape(student_logits)}. Use bernoulli_kl for a single logit"
+    )
   student, teacher = as_examples(where, student_logits=student_logits, teacher_logits=teacher_logits)
   return [student, teacher, *hyper_parameters(student.shape[:-1], where, student.dtype, **hyper)]
 
@@ -100,7 +110,7 @@ def _softmax_jvp(primals, tangents):
 
 @jax.custom_jvp
 def relative_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-  """`sum_c p_c (log p_c - log q_c)` of two normalised distributions; 0 log 0 is 0.
+  """`sum_c p_c (log p_c - log q_c)` of two normalised distributions; 0 log 0 is 0, and it is inf if q_c alone is 0.
 
   Summed as `p_c (e^u - 1 - u)` with `u = log q_c - log p_c`, which is the same because p and q both sum to 1. No term
   is negative, so nearly equal distributions do not lose the small result in the rounding of their logarithms.
@@ -110,6 +120,8 @@ def relative_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   u = jnp.where(impossible, 0, log_q - log_p)
   near = jnp.abs(u) < 1
   terms = jnp.where(near, p * exp_remainder(jnp.where(near, u, 0)), q - p - p * u)
+  # p may have underflown, and 0 times the infinite u would be NaN.
+  terms = jnp.where(log_q == -jnp.inf, jnp.inf, terms)
   return jnp.sum(jnp.where(impossible, q, terms), axis=-1)
 
 

@@ -56,14 +56,17 @@ def _exp_remainder_jvp(primals, tangents):
 def l2_normalize(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
   """x / ||x|| in float32 or wider, whatever the scale of x; a zero vector stays zero and gets no gradient."""
   x = x.astype(jnp.result_type(x.dtype, jnp.float32))
-  x = x / _power_of_two(x, axis)  # so that neither squares nor their derivatives leave the range of the dtype
+  x = in_own_units(x, axis)
   return safe_divide(x, _norm(axis, x))
 
 
-def _power_of_two(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
-  """About as large as x, without a derivative; dividing by it rounds nothing."""
+def in_own_units(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+  """x over a power of two about as large as it, which rounds nothing and keeps powers of x in the range of the dtype.
+
+  What does not depend on the scale of x stays what it was, and so do its derivatives: the power of two has none.
+  """
   total = jax.lax.stop_gradient(jnp.sum(jnp.abs(x), axis=axis, keepdims=True))
-  return jax.lax.reduce_precision(jnp.where(total > 0, total, 1), jnp.finfo(x.dtype).nexp, 0)
+  return x / jax.lax.reduce_precision(jnp.where(total > 0, total, 1), jnp.finfo(x.dtype).nexp, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -56,8 +56,9 @@ def teacher_kl(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Arra
   """
   _check_same(student_logits=student_logits, teacher_logits=teacher_logits)
   log_p, log_q = _log_softmax(teacher_logits), _log_softmax(student_logits)
-  possible = log_p != -jnp.inf
-  return jnp.where(possible, jnp.exp(log_p) * (log_p - jnp.where(possible, log_q, 0)), 0).sum(axis=-1)
+  terms = jnp.exp(log_p) * (log_p - log_q)
+  terms = jnp.where(log_q == -jnp.inf, jnp.inf, terms)  # also where p has underflown, and the product would be NaN
+  return jnp.where(log_p == -jnp.inf, 0, terms).sum(axis=-1)
 
 
 def absolute_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ class Case:
     students, teachers: positions of the student's arrays and of the teacher's, pair by pair.
     zero_at_equality: the loss and its gradient are 0 where student equals teacher.
     hessian: second derivatives exist at generic inputs.
+    scales: the least and the largest scale of float32 features from which value and gradient keep their digits.
     label: told apart from other cases of the same loss.
   """
 
@@ -38,6 +39,7 @@ class Case:
   teachers: tuple[int, ...] = (1,)
   zero_at_equality: bool = True
   hessian: bool = True
+  scales: tuple[float, float] = (1e-15, 1e15)
   label: str = ""
 
   def __str__(self):

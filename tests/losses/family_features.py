@@ -154,6 +154,7 @@ def subspaces(rng, batch):
   return s_first, opposite(s_last), t_first, opposite(t_last)
 
 
+FOURTH_DEGREE = (1e-8, 1e9)  # of the features: beyond it the value itself leaves float32
 layer_pair = {"students": (0, 1), "teachers": (2, 3)}
 variances = np.array([0.3, 1.0, 4.0])
 
@@ -186,7 +187,7 @@ CASES = [
   Case(losses.vid, vid, pairs_of(3), {"variance": 0.7}, zero_at_equality=False, label="scalar"),
   Case(losses.activation_boundary, activation_boundary, signed_pairs_of(2, 3), {"margin": 0.5}, zero_at_equality=False),
   Case(losses.ofd, ofd, signed_pairs_of(2, 2, 3), {"margin": -variances}),
-  Case(losses.fsp, fsp, FLOWS, **layer_pair),
+  Case(losses.fsp, fsp, FLOWS, **layer_pair, scales=FOURTH_DEGREE),
   Case(losses.nst, nst, pairs_of(4, 3, 5, teacher=(4, 3, 8)), label="positions"),
   Case(losses.nst, nst, pairs_of(4, 4, 3, teacher=(5, 4, 2)), label="channels"),
   Case(losses.inter_channel_correlation, inter_channel_correlation, pairs_of(4, 3, 5, teacher=(2, 3, 5))),

@@ -75,7 +75,14 @@ def unit_rows(rng, batch):
 CASES = [
   Case(losses.similarity_preserving, similarity_preserving, embeddings, compares=True),
   Case(losses.pkt, pkt, embeddings, {"epsilon": 1e-7}, compares=True),
-  Case(losses.correlation_congruence, correlation_congruence, unit_rows, {"gamma": 0.3}, compares=True),
+  Case(
+    losses.correlation_congruence,
+    correlation_congruence,
+    unit_rows,
+    {"gamma": 0.3},
+    compares=True,
+    scales=(1e-8, 1e4),
+  ),
   Case(
     losses.correlation_congruence,
     correlation_congruence,
@@ -83,6 +90,7 @@ CASES = [
     {"gamma": 0.3},
     compares=True,
     static={"order": 3},
+    scales=(1e-8, 1e2),
     label="order-3",
   ),
   Case(
@@ -91,6 +99,7 @@ CASES = [
     unit_rows,
     compares=True,
     static={"kernel": "bilinear"},
+    scales=(1e-8, 1e9),
     label="bilinear",
   ),
   Case(losses.rkd_distance, rkd_distance, embeddings, compares=True),

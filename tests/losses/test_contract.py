@@ -20,6 +20,12 @@ CASES = [case for family in FAMILIES for case in family.CASES]
 # Public, but not a loss of this form; `crd` returns its memory as well and is tested in test_crd.py.
 NOT_PER_EXAMPLE = {"masked_mean", "masked_sum", "ofd_margin", "standardize_logits", "standardized", "crd", "crd_memory"}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 1e-2}
+SQUARES_BEFORE_IT_NORMALIZES = {
+  "similarity_preserving",
+  "attention_transfer",
+  "factor_transfer",
+  "inter_channel_correlation",
+}
 BATCH = 6
 
 
@@ -207,6 +213,32 @@ def test_degenerate_inputs_stay_finite(case):
       values, gradients = run(case, cast(arrays, dtype))
       assert np.isfinite(values).all(), (name, dtype, values)
       assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradients), (name, dtype)
+
+
+@for_each([case for case in CASES if case.kind == "features"])
+def test_scales_of_the_features(case):
+  """Squares and their derivatives leave float32 long before the features do."""
+  least, largest = case.scales
+  for scale in (least, 1e-12, 1e-9, 1e-6, 1e6, 1e9, 1e12, largest):
+    if least <= scale <= largest:
+      arrays = [np.float32(scale * a) if a.dtype.kind == "f" else a for a in inputs_of(case)]
+      values, gradients = run(case, cast(arrays, "float32"))
+      with jax.enable_x64(True):
+        exact_values, exact_gradients = run(case, cast(arrays, "float64"))
+      for got, exact in zip([values, *gradients], [exact_values, *exact_gradients], strict=True):
+        error = np.abs(got - exact).max()
+        assert error <= 1e-4 * np.abs(exact).max(), (scale, error, np.abs(exact).max())
+
+
+@for_each([case for case in CASES if case.loss.__name__ in SQUARES_BEFORE_IT_NORMALIZES])
+def test_scales_of_the_features_outside_of_jit(case):
+  total = lambda first, *rest: case.loss(first, *rest, **case.hyper, **case.static).sum()
+  for scale in (1e-15, 1e15):
+    arrays = cast([scale * a for a in inputs_of(case)], "float32")
+    gradient = np.asarray(jax.grad(total)(*arrays))
+    with jax.enable_x64(True):
+      exact = np.asarray(jax.grad(total)(*cast(arrays, "float64")))
+    assert np.abs(gradient - exact).max() <= 1e-4 * np.abs(exact).max(), scale
 
 
 @each_case
