@@ -12,6 +12,7 @@ from kdflax.models.connectors import (
 )
 from kdflax.models.convnet import convnet
 from kdflax.models.deep_connectors import paraphraser, reused_head, review_fusion, translator
+from kdflax.models.equinox_adapter import from_equinox
 from kdflax.models.experts import cgc, dselect_k, mmoe, ple
 from kdflax.models.mlp import mlp
 from kdflax.models.resnet import RESNETS, resnet
@@ -30,6 +31,7 @@ __all__ = [
   "dselect_k",
   "embedding_connector",
   "feature_sharing",
+  "from_equinox",
   "from_linen",
   "from_nnx",
   "hard_sharing",
