@@ -36,7 +36,7 @@ def objective(width: int):
 
 def compiled_step(network, terms, batch):
   """(a call that makes one update and waits for it, seconds of tracing and compiling it)."""
-  program = training.learner(network, terms, optax.sgd(0.05, momentum=0.9))
+  program = training.make_learner(network, terms, optax.sgd(0.05, momentum=0.9))
   frozen = {"teacher": network["teacher"].init(jax.random.key(1), batch)}
   state = program.init(jax.random.key(0), batch, frozen)
   step = training.make_train_step(program)

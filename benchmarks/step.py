@@ -42,7 +42,7 @@ def kdflax_step(kind, images, labels, student, teacher):
   }
   network = {"student": make(student, 10), "teacher": make(teacher, 10)}
   batch = {"image": images, "label": labels}
-  program = training.learner(network, terms, optax.sgd(0.05, momentum=0.9))
+  program = training.make_learner(network, terms, optax.sgd(0.05, momentum=0.9))
   frozen = {"teacher": network["teacher"].init(jax.random.key(1), batch)}
   state = [program.init(jax.random.key(0), batch, frozen)]
   step = training.make_train_step(program)

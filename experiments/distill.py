@@ -223,7 +223,7 @@ def train(session: phases.Session, name: str, network, terms, feed: phases.Feed,
   optimizer = optax.chain(
     optax.clip_by_global_norm(5.0), optax.adam(optax.cosine_decay_schedule(session.config.learning_rate, num_steps))
   )
-  learner = training.learner(network, terms, optimizer, sample=feed.sample)
+  learner = training.make_learner(network, terms, optimizer, sample=feed.sample)
   model_name = next(iter(network))
   model = network[model_name]
   validate = phases.tester(model, splits["validation"])

@@ -236,7 +236,7 @@ def train_teacher(session: phases.Session, splits: Any, kind: str) -> None:
   }
   sample = functools.partial(phases.draw, size=config.batch_size)
   feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
-  learner = training.learner({"network": teacher}, terms, optimizer(config, config.teacher_steps), sample=sample)
+  learner = training.make_learner({"network": teacher}, terms, optimizer(config, config.teacher_steps), sample=sample)
   phase = phases.train(session, f"teachers, {kind}", learner, feed, config.teacher_steps)
   variables = phases.variables_of(phase.state, "network")
   said = phases.outputs(teacher, variables, arrays, names=("logits", "embedding"))
@@ -296,7 +296,7 @@ def train_student(session: phases.Session, splits: Any, feed: phases.Feed, name:
     rows = {task: [term for term in terms if term.endswith(f"/{task}")] for task in config.tasks}
     balancer = BALANCERS[method.balancer](len(rows), config.student_steps)
     balanced = {"balancer": balancer, "rows": rows, "shared": "student/shared/"}
-  learner = training.learner(found, terms, optimizer(config, config.student_steps), sample=feed.sample, **balanced)
+  learner = training.make_learner(found, terms, optimizer(config, config.student_steps), sample=feed.sample, **balanced)
   evaluate = validation(config, found["student"], splits)
   phase = phases.train(session, f"students, {name}", learner, feed, config.student_steps, evaluate=evaluate)
   return Student(found["student"], phases.variables_of(phase.state, "student"))

@@ -271,7 +271,7 @@ def machine(work: Work, model: models.Model, *, penalties: Sequence = (), balanc
       tasks = [kernels(task) for task in models.unstack(params["student"]["stacked"])]
       return jax.lax.switch(arrays["choice"], penalties, tasks)
 
-    return training.learner(
+    return training.make_learner(
       {"student": model},
       terms,
       optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps)),

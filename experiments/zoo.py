@@ -189,7 +189,7 @@ def make_bench(session: phases.Session, splits: Any, pair: Pair) -> Bench:
   sample = functools.partial(draw_augmented, size=config.batch_size, shift=recipe.shift, flip=recipe.flip)
   feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
   terms = {"hard": Term(cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"}, stop_gradient=())}
-  learner = training.learner({"teacher": teacher}, terms, optimizer(config, config.teacher_steps), sample=sample)
+  learner = training.make_learner({"teacher": teacher}, terms, optimizer(config, config.teacher_steps), sample=sample)
   phase = phases.train(session, "teacher", learner, feed, config.teacher_steps)
   frozen = phases.variables_of(phase.state, "teacher")
   return Bench(
@@ -228,7 +228,7 @@ def program(bench: Bench, method: Method | None, weight: Any) -> tuple[training.
     growing = lambda step: weight * jnp.minimum((step + 1) / grown, 1.0)
     connectors, more = method.build(bench.pair, growing if method.warm_up else weight)
     terms |= more
-  learner = training.learner(
+  learner = training.make_learner(
     networks | connectors, terms, optimizer(config, config.student_steps), sample=bench.feed.sample
   )
   return learner, connectors

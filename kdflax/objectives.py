@@ -86,9 +86,9 @@ def evaluate(
     step: the training step, for weights and arguments that are schedules.
     axis_name: mapped axis of `pmap` or `shard_map` that the batch is spread over; also passed to the losses that
       compare examples. Under plain `jit` on a mesh it stays None.
-    guard: whether a Term that is given the weight 0 going backward gives no gradient, even where its derivative is not
-      finite; 0 times NaN is NaN, and spoils that of all other Terms. With it the objective has derivatives in reverse
-      mode only.
+    guard: whether a Term gives no gradient whose value is not finite, or that is given the weight 0 going backward,
+      even where its derivative is not finite; 0 times NaN is NaN, and spoils that of all other Terms. With it the
+      objective has derivatives in reverse mode only.
 
   Returns:
     The weighted mean of each Term by name (their sum is the objective), and its unweighted (sum, count) by name,
@@ -131,20 +131,24 @@ def per_example(
     arguments["axis_name"] = axis_name
   loss = lambda inputs: jnp.asarray(term.loss(**(arguments | inputs)))
   if guard:
-    loss = _guarded(loss, axis_name)
+    loss = _guarded(loss, lambda value: jnp.isfinite(masked_mean(value, where, axis_name)), axis_name)
   return loss({name: arguments[name] for name in read if not is_stopped(term, term.inputs[name])}), where
 
 
-def _guarded(loss: Callable[[Any], jax.Array], axis_name: AxisName) -> Callable[[Any], jax.Array]:
-  """The loss, with a gradient of exactly 0 where that to its values is 0 on every device."""
+def _guarded(
+  loss: Callable[[Any], jax.Array], accept: Callable[[jax.Array], jax.Array], axis_name: AxisName
+) -> Callable[[Any], jax.Array]:
+  """The loss, with a gradient of exactly 0 where its value is not accepted, or that to it is 0 on every device."""
   guarded = jax.custom_vjp(loss)
 
   def forward(inputs):
-    return jax.vjp(loss, inputs)
+    value, pullback = jax.vjp(loss, inputs)
+    return value, (pullback, accept(value))
 
-  def backward(pullback, cotangent):
+  def backward(residuals, cotangent):
+    pullback, accepted = residuals
     weighed = all_max((cotangent != 0).any().astype(jnp.float32), axis_name) > 0
-    block = lambda slope: slope if slope.dtype == jax.dtypes.float0 else jnp.where(weighed, slope, 0)
+    block = lambda slope: slope if slope.dtype == jax.dtypes.float0 else jnp.where(accepted & weighed, slope, 0)
     return (jax.tree.map(block, pullback(cotangent)[0]),)
 
   guarded.defvjp(forward, backward)

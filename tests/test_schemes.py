@@ -43,7 +43,7 @@ def _execute(title, step=STEP):
   calls = []
 
   def run(network, terms, frozen=None, optimizer=None, **options):
-    learner = training.learner(network, terms, optimizer or optax.sgd(1.0), **options)
+    learner = training.make_learner(network, terms, optimizer or optax.sgd(1.0), **options)
     batch, frozen = _wide(names["batch"]), _wide(frozen or {})
     start = _wide(learner.init(jax.random.key(0), batch, frozen))
     counted = jax.tree.map(lambda x: x + step if jnp.issubdtype(x.dtype, jnp.integer) else x, start.opt_state)

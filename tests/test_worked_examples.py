@@ -84,7 +84,7 @@ def test_a_loss_of_your_own_is_a_term_like_any_other(batch):
       weight=0.5,
     ),
   }
-  learner = training.learner({"student": models.mlp((8,), 3)}, terms, optax.adam(0.03))
+  learner = training.make_learner({"student": models.mlp((8,), 3)}, terms, optax.adam(0.03))
   state, step = learner.init(jax.random.key(0), batch), training.make_train_step(learner)
   for _ in range(60):
     state, metrics = step(state, batch)

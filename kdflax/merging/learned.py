@@ -94,7 +94,7 @@ def learned(
   costs what one costs, and leaves as one does.
 
       merged = merging.learned(base, [left, right], network)
-      learner(
+      make_learner(
         {"left": network, "right": network, "merged": merged},
         {task: Term(losses.kl_soft_targets,
                     {"student_logits": f"merged.logits.{task}", "teacher_logits": f"{task}.logits.{task}"},

@@ -11,7 +11,7 @@ The first segment of a parameter's path says whom it belongs to:
     task/NAME/...    one task: its head, tower, attention or gate
     stacked/...      soft sharing: row i belongs to task i alone, in the order of `heads`; `unstack` takes it apart
 
-so that `learner(..., shared="/shared/")` balances exactly what is shared.
+so that `make_learner(..., shared="/shared/")` balances exactly what is shared.
 """
 
 from collections.abc import Mapping, Sequence

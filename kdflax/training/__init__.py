@@ -5,6 +5,7 @@ from kdflax.model import named_key
 from kdflax.training import metrics
 from kdflax.training.checkpoints import Checkpoints
 from kdflax.training.evaluation import apply_models, make_eval_step
+from kdflax.training.learner import Learner, learner, make_learner, make_train_step
 from kdflax.training.loop import fit
 from kdflax.training.mesh import make_mesh, place_batch, replicated
 from kdflax.training.run import (
@@ -15,8 +16,7 @@ from kdflax.training.run import (
   RunDirectoryError,
   stop_on_sigterm,
 )
-from kdflax.training.state import TrainState
-from kdflax.training.step import Average, Learner, Penalty, learner, make_train_step
+from kdflax.training.state import Average, Penalty, TrainState
 
 __all__ = [
   "PREEMPTED",
@@ -34,6 +34,7 @@ __all__ = [
   "fit",
   "learner",
   "make_eval_step",
+  "make_learner",
   "make_mesh",
   "make_train_step",
   "metrics",

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from kdflax.model import Model, PyTree, Variables, read
+from kdflax.model import Model, PyTree, Variables
 from kdflax.objectives import Metrics, Term, evaluate
+from kdflax.training.forward import run_fixed, start_context
 
 
 def make_eval_step(models: Mapping[str, Model], terms: Mapping[str, Term]) -> Callable:
@@ -41,7 +41,4 @@ def apply_models(
   missing = [name for name in models if name not in variables]
   if missing:
     raise ValueError(f"no variables for the models {missing}; there are those of {sorted(variables)}")
-  context: dict[str, Any] = {"batch": batch, "step": jnp.asarray(step, jnp.int32)}
-  for name, model in models.items():
-    context[name], _ = model.apply(*variables[name], read(context, model), train=False, key=None)
-  return context
+  return run_fixed(models, models, variables, start_context(batch, step))

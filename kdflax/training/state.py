@@ -1,10 +1,33 @@
-"""Everything that training changes, as one pytree."""
+"""Everything that training changes, as one pytree, and what may change it beside the optimizer."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+import optax
 
-PyTree = Any
+from kdflax.model import Cost, PyTree
+
+
+class Average(NamedTuple):
+  """A model whose params follow another's: `average = decay * average + (1 - decay) * source` after each update.
+
+  `decay` is in [0, 1], 0.999 say, or a schedule of such numbers.
+  """
+
+  source: str
+  decay: float | optax.Schedule
+
+
+class Penalty(NamedTuple):
+  """A cost of the params themselves: `function(params by model name) -> scalar`, times a weight or a schedule.
+
+  A Term that reads params by path (`"params.student.head.kernel"`) is a row like any other. A Penalty is none: no
+  balancer sees it, and its gradient, which passes through no model, is taken once beside the rows, however many there
+  are. That is why it is a form of its own and no Term with a switch.
+  """
+
+  function: Cost
+  weight: float | jax.Array | optax.Schedule = 1.0
 
 
 class TrainState(NamedTuple):

@@ -62,7 +62,7 @@ def distance(params, tuned, batch):
 def test_learned_coefficients_merge_better_than_any_single_scale(base_and_tuned):
   base, tuned = base_and_tuned
   merged = merging.learned(base, tuned, NETWORK)
-  learner = training.learner({"left": NETWORK, "right": NETWORK, "merged": merged}, TERMS, optax.adam(0.05))
+  learner = training.make_learner({"left": NETWORK, "right": NETWORK, "merged": merged}, TERMS, optax.adam(0.05))
   frozen = {task: (params, {}) for task, params in zip(TASKS, tuned, strict=True)}
   state = learner.init(jax.random.key(0), make_batch(1), frozen)
   np.testing.assert_array_equal(state.params["merged"]["coefficients"], np.full((2, 3), 0.3, np.float32))

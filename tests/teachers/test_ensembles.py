@@ -220,7 +220,7 @@ def test_a_random_teacher_works_inside_a_step_and_follows_its_schedule():
   batch = {"image": np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)}
   frozen = {name: network[name].init(jax.random.key(i), batch) for i, name in enumerate("ab")}
   terms = {"soft": Term(losses.kl_soft_targets, {f"{m}_logits": f"{m}.logits" for m in ("student", "teacher")})}
-  learner = training.learner(network, terms, optax.sgd(1.0))
+  learner = training.make_learner(network, terms, optax.sgd(1.0))
   state = learner.init(jax.random.key(2), batch, frozen)
   assert state.params["teacher"] == {}
   step = jax.jit(learner.step)

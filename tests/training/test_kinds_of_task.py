@@ -81,7 +81,7 @@ def _with_filler(batch, number, label):
 def _make(balancer):
   shared = None if balancer == "none" else "/shared/"
   terms = {task: _term(task) for task in TASKS}
-  learner = training.learner(NETWORK, terms, optax.adam(0.03), balancer=BALANCERS[balancer], shared=shared)
+  learner = training.make_learner(NETWORK, terms, optax.adam(0.03), balancer=BALANCERS[balancer], shared=shared)
   return learner.init, training.make_train_step(learner)
 
 

@@ -71,7 +71,7 @@ TERMS = {
   "mutual back": _soft("two", "one"),
   "contrast": Term(lambda values: values, {"values": "contrast.values"}, optax.linear_schedule(0.0, 1.0, 4)),
 }
-LEARNER = training.learner(
+LEARNER = training.make_learner(
   NETWORK,
   TERMS,
   optax.adam(0.01),

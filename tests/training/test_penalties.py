@@ -24,7 +24,7 @@ def coupling(params):
 
 def update(**settings):
   """Returns what one step of gradient descent at rate 1 subtracts, and the metrics."""
-  learner = training.learner(MODEL, TERMS, optax.sgd(1.0), **settings)
+  learner = training.make_learner(MODEL, TERMS, optax.sgd(1.0), **settings)
   state = learner.init(jax.random.key(0), BATCH)
   after, metrics = jax.jit(learner.step)(state, BATCH)
   return state.params, jax.tree.map(jnp.subtract, state.params, after.params), metrics
@@ -45,9 +45,9 @@ def test_the_gradient_of_a_penalty_is_added_whatever_balances_the_rows(balancer)
 
 def test_bad_penalties_are_named():
   with pytest.raises(ValueError, match=r"share the names \['a'\]"):
-    training.learner(MODEL, TERMS, optax.sgd(1.0), penalties={"a": training.Penalty(coupling)})
+    training.make_learner(MODEL, TERMS, optax.sgd(1.0), penalties={"a": training.Penalty(coupling)})
   with pytest.raises(ValueError, match="'c' must be at least 0; got -1"):
-    training.learner(MODEL, TERMS, optax.sgd(1.0), penalties={"c": training.Penalty(coupling, -1)})
+    training.make_learner(MODEL, TERMS, optax.sgd(1.0), penalties={"c": training.Penalty(coupling, -1)})
   vector = training.Penalty(lambda params: jnp.stack([coupling(params)] * 2))
   with pytest.raises(ValueError, match=r"'c' must return a scalar, it has shape \(2,\)"):
-    training.learner(MODEL, TERMS, optax.sgd(1.0), penalties={"c": vector}).init(jax.random.key(0), BATCH)
+    training.make_learner(MODEL, TERMS, optax.sgd(1.0), penalties={"c": vector}).init(jax.random.key(0), BATCH)

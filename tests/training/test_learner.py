@@ -48,7 +48,7 @@ def frozen():
 
 @functools.cache
 def _learner(**options):
-  return training.learner(NETWORK, TERMS, optax.sgd(RATE), **options)
+  return training.make_learner(NETWORK, TERMS, optax.sgd(RATE), **options)
 
 
 def _init(learner, frozen):
@@ -122,7 +122,7 @@ def test_averages_follow_exactly(frozen):
   decay = optax.linear_schedule(0.5, 0.9, 2)
   averages = {"mean": training.Average("student", decay), "copy": training.Average("student", 0.0)}
   soft = Term(losses.kl_soft_targets, {"student_logits": "student.logits", "teacher_logits": "mean.logits"})
-  learner = training.learner(network, {"hard": HARD, "soft": soft}, optax.sgd(RATE), averages=averages)
+  learner = training.make_learner(network, {"hard": HARD, "soft": soft}, optax.sgd(RATE), averages=averages)
   state, step = learner.init(jax.random.key(0), _batch()), jax.jit(learner.step)
   expected = jax.tree.map(np.asarray, state.params["student"])
   jax.tree.map(np.testing.assert_array_equal, expected, state.averages["mean"])
@@ -163,7 +163,9 @@ def test_balancers_combine_rows_as_by_hand(frozen, by_hand, name, weigh_own):
     logs = jax.tree.map(lambda g: g / values.reshape(3, *(1,) * (g.ndim - 1)), shared)
     norms = np.sqrt(sum(np.square(g).sum(tuple(range(1, g.ndim))) for g in jax.tree.leaves(logs)))
     direction = _weighted(logs, norms.max() / norms / 3)
-  learner = training.learner(NETWORK, TERMS, optax.sgd(RATE), balancer=balancer, shared=SHARED, weigh_own=weigh_own)
+  learner = training.make_learner(
+    NETWORK, TERMS, optax.sgd(RATE), balancer=balancer, shared=SHARED, weigh_own=weigh_own
+  )
   state = _init(learner, frozen)
   after, metrics = jax.jit(learner.step)(state, _batch(), frozen)
   moved_shared, moved_own = _partition(_directions(state.params, after.params))
@@ -179,7 +181,7 @@ def test_balancers_combine_rows_as_by_hand(frozen, by_hand, name, weigh_own):
 def test_rows_add_terms_before_the_balancer(frozen, by_hand):
   jacobian = by_hand[2]
   rows = {"labels": ("hard",), "teacher": ("soft", "hint")}
-  learner = training.learner(
+  learner = training.make_learner(
     NETWORK, TERMS, optax.sgd(RATE), balancer=balancing.fixed(jnp.array([1.0, 0.25])), rows=rows
   )
   state = _init(learner, frozen)
@@ -193,7 +195,7 @@ def test_a_row_without_examples_takes_no_part(frozen, by_hand):
   jacobian = by_hand[2]
   batch = _batch() | {"where": np.zeros(8, bool)}
   balancer = balancing.from_weighting(balancing.conflict_free)
-  learner = training.learner(NETWORK, TERMS, optax.sgd(RATE), balancer=balancer)
+  learner = training.make_learner(NETWORK, TERMS, optax.sgd(RATE), balancer=balancer)
   state = _init(learner, frozen)
   after, metrics = jax.jit(learner.step)(state, batch, frozen)
   others = jax.tree.map(lambda rows: rows[1:], jacobian)
@@ -208,7 +210,9 @@ def test_what_stands_for_a_missing_label_does_not_matter(balancer):
   network = {"student": models.mlp((4,), CLASSES), "line": models.linear_connector("student.embedding", 1)}
   flat = lambda predictions, targets: optax.squared_error(predictions[:, 0], targets)
   number = {"predictions": "line.output", "targets": "batch.number", "where": "batch.where"}
-  learner = training.learner(network, {"hard": HARD, "number": Term(flat, number)}, optax.sgd(RATE), balancer=balancer)
+  learner = training.make_learner(
+    network, {"hard": HARD, "number": Term(flat, number)}, optax.sgd(RATE), balancer=balancer
+  )
   batch = _batch()
   number = np.arange(8, dtype=np.float32)
   missing = batch | {
@@ -240,7 +244,7 @@ def test_what_stands_for_a_missing_label_does_not_matter(balancer):
 )
 def test_mistakes_in_the_settings_are_found_when_they_are_made(options, message):
   with pytest.raises(ValueError, match=message):
-    training.learner(NETWORK, TERMS, optax.sgd(RATE), **options)
+    training.make_learner(NETWORK, TERMS, optax.sgd(RATE), **options)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +252,8 @@ def test_mistakes_in_the_settings_are_found_when_they_are_made(options, message)
   [
     (
       {"terms": {"hint": Term(losses.hint, {"student": "conector.output", "teacher": "teacher.embedding"})}},
-      r"no 'conector.output' in the context: the context has \['batch', 'connector', 'step', 'student', 'teacher'\]",
+      r"no 'conector.output' in the context: "
+      r"the context has \['batch', 'connector', 'params', 'step', 'student', 'teacher'\]",
     ),
     (
       {"models": NETWORK | {"teacher": models.mlp((5,), num_classes=4)}},
@@ -261,20 +266,20 @@ def test_mistakes_in_the_settings_are_found_when_they_are_made(options, message)
 def test_mistakes_are_found_before_the_first_step(options, message):
   settings = {"models": NETWORK, "terms": TERMS, "optimizer": optax.sgd(RATE)} | options
   with pytest.raises(ValueError, match=message):
-    training.learner(**settings).init(jax.random.key(0), _batch())
+    training.make_learner(**settings).init(jax.random.key(0), _batch())
 
 
 def test_frozen_models_are_checked(frozen):
   with pytest.raises(ValueError, match=r"frozen \['assistant'\] are not among the models"):
     _learner().init(jax.random.key(0), _batch(), {"assistant": frozen["teacher"]})
   network = {**NETWORK, "mean": NETWORK["teacher"]}
-  learner = training.learner(network, TERMS, optax.sgd(RATE), averages={"mean": training.Average("teacher", 0.9)})
+  learner = training.make_learner(network, TERMS, optax.sgd(RATE), averages={"mean": training.Average("teacher", 0.9)})
   with pytest.raises(ValueError, match="average 'mean' of 'teacher' follows nothing"):
     learner.init(jax.random.key(0), _batch(), frozen)
 
 
 def test_an_average_of_another_network_is_refused():
-  learner = training.learner(
+  learner = training.make_learner(
     NETWORK, TERMS, optax.sgd(RATE), averages={"teacher": training.Average("student", decay=0.9)}
   )
   with pytest.raises(
@@ -289,7 +294,7 @@ def test_what_runs_first_reads_nothing_trained(frozen, how):
   averages = {"copy": training.Average("connector", 0.9)} if how == "average" else {}
   frozen = frozen | ({"head": network["head"].init(jax.random.key(3), np.ones((8, 4)))} if how == "frozen" else {})
   name = "head" if how == "frozen" else "copy"
-  learner = training.learner(network, TERMS, optax.sgd(RATE), averages=averages)
+  learner = training.make_learner(network, TERMS, optax.sgd(RATE), averages=averages)
   with pytest.raises(
     ValueError, match=rf"'{name}' is frozen or an average.*\['student.embedding'\] of a trained model"
   ):
@@ -298,7 +303,9 @@ def test_what_runs_first_reads_nothing_trained(frozen, how):
 
 def test_a_step_wants_the_frozen_models_of_init(frozen):
   """Otherwise a fresh copy would be trained under the teacher's name, and the teacher ignored."""
-  mutual = training.learner(NETWORK, TERMS | {"soft": dataclasses.replace(SOFT, stop_gradient=())}, optax.sgd(RATE))
+  mutual = training.make_learner(
+    NETWORK, TERMS | {"soft": dataclasses.replace(SOFT, stop_gradient=())}, optax.sgd(RATE)
+  )
   with pytest.raises(ValueError, match=r"\['teacher'\] are given as frozen, but this state trains them"):
     jax.eval_shape(mutual.step, mutual.init(jax.random.key(0), _batch()), _batch(), frozen)
   learner = _learner()
@@ -322,7 +329,7 @@ def test_a_loss_that_is_not_finite_is_that_of_an_absent_task(name, weigh_own, fi
   flat = lambda predictions, targets: optax.squared_error(predictions[:, 0], targets)
   inputs = {"predictions": "line.output", "targets": "batch.number", "where": "batch.has_number"}
   embedding = Term(lambda x: jnp.square(x).mean(-1), {"x": "student.embedding"})
-  learner = training.learner(
+  learner = training.make_learner(
     network,
     {"hard": HARD, "number": Term(flat, inputs), "small": embedding},
     optax.sgd(RATE),
@@ -351,7 +358,7 @@ def test_a_term_of_weight_0_is_no_task_of_a_balancer(name, weight):
   watch = Term(lambda logits, labels: jnp.float32(count(logits, labels)) + logits[:, 0], HARD.inputs, weight)
   updated = []
   for objective in (terms, terms | {"watch": watch}):
-    learner = training.learner(network, objective, optax.sgd(RATE), balancer=BALANCERS[name])
+    learner = training.make_learner(network, objective, optax.sgd(RATE), balancer=BALANCERS[name])
     state, step = learner.init(jax.random.key(0), _batch()), jax.jit(learner.step)
     state, _ = step(state._replace(step=jnp.int32(2)), _batch())
     updated.append(state.params)
@@ -361,7 +368,7 @@ def test_a_term_of_weight_0_is_no_task_of_a_balancer(name, weight):
 def test_rows_need_not_name_what_is_only_watched():
   watch = Term(training.metrics.accuracy, HARD.inputs, 0.0)
   network = {"student": models.mlp((4,), CLASSES)}
-  make = functools.partial(training.learner, network, {"hard": HARD, "watch": watch}, optax.sgd(RATE))
+  make = functools.partial(training.make_learner, network, {"hard": HARD, "watch": watch}, optax.sgd(RATE))
   for rows in (None, {"all": ("hard",)}, {"all": ("hard", "watch")}):
     assert len(make(rows=rows, balancer=balancing.fixed(jnp.ones(1))).init(jax.random.key(0), _batch()).params)
   with pytest.raises(ValueError, match="rows must name every term once"):
@@ -371,16 +378,16 @@ def test_rows_need_not_name_what_is_only_watched():
 def test_a_model_that_no_term_trains_is_refused():
   """As a teacher that was forgotten among the frozen ones: the student would learn from a random network."""
   network = NETWORK | {"idle": models.linear_connector("student.embedding", 3)}
-  learner = training.learner(NETWORK, TERMS, optax.sgd(RATE))
+  learner = training.make_learner(NETWORK, TERMS, optax.sgd(RATE))
   with pytest.raises(ValueError, match=r"no term trains \['teacher'\]; give init and step .* \{'teacher': \(params"):
     learner.init(jax.random.key(0), _batch())
-  learner = training.learner(network, TERMS, optax.sgd(RATE))
+  learner = training.make_learner(network, TERMS, optax.sgd(RATE))
   with pytest.raises(ValueError, match=r"no term trains \['teacher', 'idle'\]"):
     learner.init(jax.random.key(0), _batch())
 
 
 def test_without_a_balancer_a_loss_that_is_not_finite_shows():
-  learner = training.learner({"student": NETWORK["student"]}, {"hard": HARD}, optax.sgd(RATE))
+  learner = training.make_learner({"student": NETWORK["student"]}, {"hard": HARD}, optax.sgd(RATE))
   batch = _batch() | {"image": np.full((8, 6), np.nan, np.float32)}
   _, metrics = learner.step(learner.init(jax.random.key(0), batch), batch)
   assert np.isnan(metrics["hard"][0])
@@ -389,7 +396,9 @@ def test_without_a_balancer_a_loss_that_is_not_finite_shows():
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", ["gramian", "combiner"])
 def test_rows_that_go_back_a_few_at_a_time_give_the_same_update(frozen, name, size):
-  make = functools.partial(training.learner, NETWORK, TERMS, optax.sgd(RATE), balancer=BALANCERS[name], shared=SHARED)
+  make = functools.partial(
+    training.make_learner, NETWORK, TERMS, optax.sgd(RATE), balancer=BALANCERS[name], shared=SHARED
+  )
   state = _init(make(), frozen)
   together, apart = make(), make(batch_size=size)
   expected, metrics = jax.jit(together.step)(state, _batch(), frozen)
@@ -411,7 +420,7 @@ def _counting():
 
 def test_statistics_are_averaged_over_devices_and_counters_are_not():
   network, batch = {"student": NETWORK["student"], "counter": _counting()}, _batch(16)
-  make = functools.partial(training.learner, network, {"hard": HARD}, optax.sgd(RATE))
+  make = functools.partial(training.make_learner, network, {"hard": HARD}, optax.sgd(RATE))
   state = make().init(jax.random.key(0), batch)
   one = jax.jit(make().step)(state, batch)[0]
   spread = jax.shard_map(
@@ -432,7 +441,7 @@ def _sample(data, key, step):
 def stochastic():
   """Dropout, drawn batches and momentum: whatever may differ between two ways to run a program."""
   network = {"student": models.mlp((4,), num_classes=CLASSES, dropout=0.5), "teacher": NETWORK["teacher"]}
-  return training.learner(network, {"hard": HARD, "relation": RELATION}, optax.adam(0.05), sample=_sample)
+  return training.make_learner(network, {"hard": HARD, "relation": RELATION}, optax.adam(0.05), sample=_sample)
 
 
 def test_seeds_trained_together_are_those_trained_apart(stochastic, frozen):
@@ -465,7 +474,7 @@ def test_eight_devices_are_one_device(frozen, how):
   """With relations across the batch, masks that leave devices unequal counts, and gradients combined by rows."""
   terms, batch, mesh = {"hard": HARD, "hint": HINT, "relation": RELATION}, _batch(16), training.make_mesh()
   balancer = balancing.from_weighting(balancing.conflict_free)
-  make = functools.partial(training.learner, NETWORK, terms, optax.sgd(RATE), balancer=balancer)
+  make = functools.partial(training.make_learner, NETWORK, terms, optax.sgd(RATE), balancer=balancer)
   state = _init(make(), frozen)
   start = jax.tree.map(np.array, state.params)  # a donated state takes its copies on other devices with it
   expected, sums = jax.jit(make().step)(state, batch, frozen)
@@ -485,7 +494,7 @@ def test_the_state_is_donated_and_survives_it(frozen):
   """Averages start at the student's params and optimizers may keep copies: no buffer may be given away twice."""
   network = {**NETWORK, "mean": NETWORK["student"]}
   optimizer = optax.chain(optax.sgd(RATE, momentum=0.9), _remembering_start())
-  learner = training.learner(network, TERMS, optimizer, averages={"mean": training.Average("student", 0.9)})
+  learner = training.make_learner(network, TERMS, optimizer, averages={"mean": training.Average("student", 0.9)})
   key = jax.random.key(0)
   state, step = learner.init(key, _batch(), frozen), training.make_train_step(learner)
   start = jax.tree.map(np.array, state.params["student"])
@@ -538,5 +547,5 @@ def test_a_term_that_trains_nothing_is_refused():
   inputs = {"logits": "teacher.logits", "labels": "batch.label"}
   stopped, trained = ({"hard": Term(cross_entropy, inputs, stop_gradient=s)} for s in (("teacher",), ()))
   with pytest.raises(ValueError, match=r"term 'hard' trains nothing.*teacher\.logits.*stop_gradient=\(\)"):
-    training.learner(network, stopped, optax.sgd(RATE)).init(jax.random.key(0), _batch())
-  training.learner(network, trained, optax.sgd(RATE)).init(jax.random.key(0), _batch())
+    training.make_learner(network, stopped, optax.sgd(RATE)).init(jax.random.key(0), _batch())
+  training.make_learner(network, trained, optax.sgd(RATE)).init(jax.random.key(0), _batch())

@@ -1,0 +1,298 @@
+"""The training step: models -> context -> terms -> balancer -> optimizer, as one pure function."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from kdflax import balancing
+from kdflax.model import Model, PyTree, Variables, named_key
+from kdflax.numerics.examples import AxisName
+from kdflax.numerics.trees import merge, partition
+from kdflax.objectives import Metrics, Term, evaluate
+from kdflax.training import checks
+from kdflax.training.forward import init_models, run_fixed, run_trained, start_context
+from kdflax.training.mesh import replicated
+from kdflax.training.state import Average, Penalty, TrainState
+
+Balancing = balancing.Balancer | balancing.Combiner | None
+
+
+class Sample(Protocol):
+  """`(data, key, step) -> batch`."""
+
+  def __call__(self, data: PyTree, key: jax.Array, step: jax.Array, /) -> PyTree: ...
+
+
+class Learner(NamedTuple):
+  """A training program as a pair of pure functions, to be jitted, vmapped over seeds or scanned.
+
+  `init(key, data, frozen) -> TrainState` and `step(state, data, frozen) -> (TrainState, metrics)`, where `frozen` holds
+  (params, state) of the models that are not trained, and `data` is a batch (or what `sample` draws one from).
+  """
+
+  init: Callable[..., TrainState]
+  step: Callable[..., tuple[TrainState, Metrics]]
+
+
+class _Program(NamedTuple):
+  """What a learner is made of: the checked arguments of `make_learner`."""
+
+  models: dict[str, Model]
+  terms: dict[str, Term]
+  optimizer: optax.GradientTransformation
+  averages: dict[str, Average]
+  penalties: dict[str, Penalty]
+  balancer: Balancing
+  rows: dict[str, tuple[str, ...]]
+  shared: str | None
+  weigh_own: bool
+  batch_size: int | None
+  sample: Sample | None
+  axis_name: AxisName
+
+
+def make_learner(
+  models: Mapping[str, Model],
+  terms: Mapping[str, Term],
+  optimizer: optax.GradientTransformation,
+  *,
+  averages: Mapping[str, Average] | None = None,
+  penalties: Mapping[str, Penalty] | None = None,
+  balancer: Balancing = None,
+  rows: Mapping[str, Sequence[str]] | None = None,
+  shared: str | None = None,
+  weigh_own: bool = True,
+  batch_size: int | None = None,
+  sample: Sample | None = None,
+  axis_name: AxisName = None,
+) -> Learner:
+  """Builds the pure functions that initialise and update a training state.
+
+  Models are evaluated in order and their outputs stored in the context under their names, so that a connector can read
+  what an earlier model returned. Frozen and averaged models run first, outside the gradient and in evaluation mode. A
+  model that changes with time reads the path `"step"`.
+
+  Args:
+    models: all models by name, connectors included.
+    terms: the objective.
+    optimizer: updates the params of all models that are neither frozen nor averages.
+    averages: models that follow another by a moving average, by name (mean teacher, momentum encoder).
+    penalties: costs of the trained params (a coupling between tasks) by name. They are no rows: a balancer never sees
+      them, and their gradient, times their weight, is added to the update that it makes of the rows. The metrics hold
+      the unweighted values.
+    balancer: how rows of the objective become one update; by default their sum. A row whose loss or gradient is not
+      finite is then absent, as one without examples is (see `balancing.update_rows`), and the params stay finite if all
+      that a model computes is. Without a balancer it spoils the params, and the loss in the log says so.
+    rows: names of the terms that are added before the balancer sees them, by name of the row; by default each term is a
+      row. A term whose weight is the number 0 is only watched and needs none. A row is absent at a step where all its
+      weights are 0, as a schedule may say.
+    shared: regular expression searched in paths such as `student/encoder/kernel`: params whose gradients the balancer
+      weighs row by row. All by default.
+    weigh_own: whether params that are not shared get the balancer's weights (True) or the plain sum of the rows. A
+      Combiner gives no weights, so with one it is always the plain sum.
+    batch_size: for a balancer or Combiner that looks at the gradient of each row: how many rows go back at a time. All
+      by default, which is fastest and takes the memory of as many backward passes as there are rows; with 1 it is that
+      of one, as in `balancing.task_gradients`.
+    sample: `(data, key, step) -> batch`, to draw batches from arrays that stay on the device.
+    axis_name: mapped axis when the step runs inside `pmap` or `shard_map`; gradients and floating-point statistics are
+      then averaged over it, while counters and other integers stay each device's own. None under plain `jit`, on a mesh
+      as well.
+
+  Returns:
+    The learner.
+
+  Raises:
+    ValueError: if a row names an unknown term or leaves one out, an average follows a model that is unknown or not
+      trained or its decay is not in [0, 1], a penalty has the name of a term or a negative weight, `batch_size` < 1, or
+      (at trace time) a context path does not exist, arrays do not fit a loss, a penalty is no scalar, a frozen or
+      averaged model reads a trained one, nothing trains a model that is not frozen, an average is of another shape than
+      what it follows, or a step is given other frozen models than `init` was.
+  """
+  checks.check_batch_size(batch_size)
+  program = _Program(
+    checks.checked_models(models),
+    dict(terms),
+    optimizer,
+    checks.checked_averages(averages, models),
+    checks.checked_penalties(penalties, terms),
+    balancer,
+    checks.checked_rows(rows, terms),
+    shared,
+    weigh_own,
+    batch_size,
+    sample,
+    axis_name,
+  )
+  return Learner(functools.partial(_init, program), functools.partial(_step, program))
+
+
+def learner(*args: Any, **options: Any) -> Learner:
+  """The old name of `make_learner`, kept for one release."""
+  return make_learner(*args, **options)
+
+
+def _init(program: _Program, key: jax.Array, data: PyTree, frozen: Variables | None = None) -> TrainState:
+  """Makes the state that training starts from, and finds every mistake that shapes and names can show."""
+  models, averages, frozen = program.models, program.averages, frozen or {}
+  checks.check_frozen(models, averages, frozen)
+  checks.check_reads(models, _fixed(program, frozen))
+  batch = data if program.sample is None else jax.eval_shape(program.sample, data, key, jnp.int32(0))
+  sources = {name: average.source for name, average in averages.items()}
+  variables, context = init_models(models, key, batch, frozen, sources)
+  jax.eval_shape(lambda context: evaluate(program.terms, context, 0), context)  # mistakes show before anything runs
+  trained = [name for name in models if name not in frozen and name not in averages]
+  params, states = ({name: variables[name][part] for name in trained} for part in (0, 1))
+  checks.check_terms_train(program.terms, trained=set(trained))
+  for name, source in sources.items():
+    checks.check_same_shapes(name, variables[name], source, variables[source])
+  checks.check_scalars(program.penalties, params)
+  shared_params, _ = partition(params, program.shared, name="shared")
+  if not program.penalties:
+    checks.check_models_learn(models, program.terms, [name for name in trained if jax.tree.leaves(params[name])])
+  state = TrainState(
+    jnp.int32(0),
+    params,
+    states,
+    program.optimizer.init(params),
+    balancing.init_rows(program.balancer, len(program.rows), shared_params),
+    {name: params[source] for name, source in sources.items()},
+    key,
+  )
+  return jax.tree.map(jnp.copy, state)  # a step donates it: no buffer may be in it twice, nor be the caller's
+
+
+def _step(
+  program: _Program, state: TrainState, data: PyTree, frozen: Variables | None = None
+) -> tuple[TrainState, Metrics]:
+  """Makes one update."""
+  frozen = frozen or {}
+  checks.check_frozen(program.models, program.averages, frozen)
+  checks.check_variables(program.models, state, frozen)
+  key = jax.random.fold_in(state.key, state.step)
+  context = _fixed_context(program, state, data, frozen)
+  objective = functools.partial(_objective, program, state, context, key)
+  split = partition(state.params, program.shared, name="shared")
+  losses, pullback, (states, metrics) = jax.vjp(objective, *split, has_aux=True)
+  update = balancing.update_rows(
+    program.balancer,
+    losses,
+    pullback,
+    _present(program, metrics, state.step),
+    state.balancer_state,
+    key=named_key(key, "balancer"),
+    weigh_own=program.weigh_own,
+    batch_size=program.batch_size,
+    axis_name=program.axis_name,
+  )
+  gradient = merge(update.shared, update.own)
+  if program.penalties:
+    slope, values = jax.grad(_penalize, has_aux=True)(state.params, program.penalties, state.step)
+    gradient = jax.tree.map(jnp.add, gradient, slope)
+    metrics |= {name: (value, jnp.ones(())) for name, value in values.items()}
+  metrics |= _row_metrics(program, update)
+  updates, opt_state = program.optimizer.update(gradient, state.opt_state, state.params)
+  params: Any = optax.apply_updates(state.params, updates)
+  if program.axis_name is not None:
+    states = jax.tree.map(lambda leaf: _mean_if_inexact(leaf, program.axis_name), states)
+  averages = _followed(program, state, params)
+  return TrainState(state.step + 1, params, states, opt_state, update.state, averages, state.key), metrics
+
+
+def _fixed(program: _Program, frozen: Variables) -> list[str]:
+  """The models that run first, outside the gradient: those that are frozen, and averages."""
+  return [name for name in program.models if name in frozen or name in program.averages]
+
+
+def _fixed_context(program: _Program, state: TrainState, data: PyTree, frozen: Variables) -> dict[str, Any]:
+  """The batch, and what the models that are not trained make of it, without a gradient."""
+  batch = data if program.sample is None else program.sample(data, named_key(state.key, "data"), state.step)
+  followers = {
+    name: (state.averages[name], state.model_state[average.source]) for name, average in program.averages.items()
+  }
+  names, context = _fixed(program, frozen), start_context(batch, state.step)
+  return jax.lax.stop_gradient(run_fixed(program.models, names, {**frozen, **followers}, context))
+
+
+def _objective(
+  program: _Program,
+  state: TrainState,
+  context: Mapping[str, Any],
+  key: jax.Array,
+  shared_params: PyTree,
+  own_params: PyTree,
+) -> tuple[jax.Array, tuple[dict[str, PyTree], Metrics]]:
+  """Returns the losses of the rows `[T]`, and with them the next states of the models and the metrics."""
+  params = merge(shared_params, own_params)
+  seen, states = run_trained(program.models, params, state.model_state, context, key)
+  guard = program.balancer is not None
+  values, metrics = evaluate(program.terms, seen, state.step, axis_name=program.axis_name, guard=guard)
+  return jnp.stack([sum(values[term] for term in row) for row in program.rows.values()]), (states, metrics)
+
+
+def _present(program: _Program, metrics: Metrics, step: jax.Array) -> jax.Array:
+  """Which rows have examples, bool `[T]`; those of a Term whose weight is 0 now do not count."""
+  counts = {name: jnp.where(_at(term.weight, step) > 0, metrics[name][1], 0) for name, term in program.terms.items()}
+  return jnp.stack([sum(counts[term] for term in row) > 0 for row in program.rows.values()])
+
+
+def _row_metrics(program: _Program, update: balancing.RowsUpdate) -> Metrics:
+  """The weight of each row, where there are weights, and with a balancer whether it took part."""
+  shown = {"weight": update.weights, "present": None if program.balancer is None else update.present}
+  return {
+    f"{name}/{row}": (jnp.asarray(value, jnp.float32), jnp.ones(()))
+    for name, values in shown.items()
+    if values is not None
+    for row, value in zip(program.rows, values, strict=True)
+  }
+
+
+def _followed(program: _Program, state: TrainState, params: dict[str, PyTree]) -> dict[str, PyTree]:
+  """The averages after an update."""
+  return {
+    name: optax.incremental_update(params[a.source], state.averages[name], 1 - _at(a.decay, state.step))
+    for name, a in program.averages.items()
+  }
+
+
+def _penalize(
+  params: dict[str, PyTree], penalties: Mapping[str, Penalty], step: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns the weighted sum of the penalties, and each without its weight."""
+  values = {name: penalty.function(params) for name, penalty in penalties.items()}
+  return jnp.sum(jnp.stack([_at(penalties[name].weight, step) * value for name, value in values.items()])), values
+
+
+def _mean_if_inexact(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
+  """The mean over the devices; a counter or a key has none."""
+  return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+
+def _at(value: float | jax.Array | optax.Schedule, step: jax.Array) -> Any:
+  return value(step) if callable(value) else value
+
+
+def make_train_step(learner: Learner, *, mesh: Mesh | None = None, steps_per_call: int = 1) -> Callable:
+  """Compiles a learner's step: one jitted function that donates the state it is given.
+
+  Args:
+    learner: the program; a vmapped step (several seeds) is welcome.
+    mesh: devices to run on. The state comes back replicated; batches keep the sharding they have (`place_batch`).
+    steps_per_call: updates in one dispatch, by `lax.scan` over the same data; needs a learner that samples. Pays on an
+      accelerator; on a CPU with convolutions it costs.
+
+  Returns:
+    `step(state, data, frozen=None) -> (state, metrics)`, the metrics added up over the updates of the call.
+  """
+
+  def call(state, data, *frozen):
+    if steps_per_call == 1:
+      return learner.step(state, data, *frozen)
+    state, metrics = jax.lax.scan(lambda s, _: learner.step(s, data, *frozen), state, length=steps_per_call)
+    return state, jax.tree.map(lambda x: x.sum(0), metrics)
+
+  return jax.jit(call, donate_argnums=0, out_shardings=None if mesh is None else replicated(mesh))
