@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdflax.extras import extra
 from kdflax.model import Model, PyTree
 from kdflax.models import boundary
 from kdflax.numerics.trees import nest
@@ -53,14 +54,15 @@ def from_equinox(
     The model. A parameter that does not fit the module raises ValueError with its path and both shapes.
 
   Raises:
-    ImportError: if Equinox is not installed.
+    ImportError: without the package, which the extra `equinox` brings.
     ValueError: from `init` and `apply`, if the batch has no `input`, the module requires an argument of unknown name,
       or `train=True` needs a key and has none; from `apply`, if state moves in evaluation.
 
   Reference: Patrick Kidger and Cristian Garcia, "Equinox: neural networks in JAX via callable PyTrees and filtered
   transformations", 2021, arXiv 2111.00254.
   """
-  import equinox as eqx
+  with extra("equinox", "models.from_equinox"):
+    import equinox as eqx
 
   def make_module(key: jax.Array, example: Any) -> tuple[Any, Any]:
     made = make(key, example) if with_example else make(key)
@@ -141,7 +143,8 @@ class _Blueprint(NamedTuple):
 
 
 def _blueprint(module: Any, state: Any) -> _Blueprint:
-  import equinox as eqx
+  with extra("equinox", "models.from_equinox"):
+    import equinox as eqx
 
   nodes = lambda kind: jax.tree.leaves_with_path(module, is_leaf=lambda node: isinstance(node, kind))
   found = lambda kind: [(path, node) for path, node in nodes(kind) if isinstance(node, kind)]

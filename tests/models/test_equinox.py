@@ -207,6 +207,12 @@ def test_a_mask_in_the_batch_draws_a_warning_in_training():
   model.apply(params, state, masked, train=False, key=None)
 
 
+def test_without_the_package_its_extra_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, "equinox", None)
+  with pytest.raises(ImportError, match=r'models.from_equinox needs equinox, .*: pip install "kdflax\[equinox\]"'):
+    models.from_equinox(Net)
+
+
 def test_kdflax_does_not_import_equinox():
   code = "import sys; from kdflax import models; models.from_nnx; assert 'equinox' not in sys.modules"
   subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
