@@ -3,7 +3,7 @@
 A folder holds `model.stablehlo`, a portable StableHLO artifact whose first arguments are the weights; the weights,
 `variables.safetensors`; and `manifest.json`, which says in what order and shape arguments go in and results come out,
 and ties the other two by their digests. Nothing is pickled. Connectors and teachers stay behind, since only the model
-that is given is written.
+that is given is written. docs/export.md has a loader of a few lines for where there is no kdflax.
 """
 
 import dataclasses
@@ -19,8 +19,10 @@ from jax import export
 
 from kdflax.files import load_variables, save_variables, write_atomically
 from kdflax.model import Model, PyTree, lookup
+from kdflax.numerics.trees import name_of
 
 _MODULE, _VARIABLES, _MANIFEST = "model.stablehlo", "variables.safetensors", "manifest.json"
+_PARTS = ("params", "state")  # of the variables, as their file names them
 _BATCH = "batch"  # name of the symbolic batch size
 
 
@@ -61,10 +63,7 @@ def export_model(
   size = export.symbolic_shape(_BATCH)
   inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*size, *x.shape[1:]), _canonical(x.dtype)), dict(example))
   weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _canonical(x.dtype)), tuple(variables))
-  try:
-    exported = export.export(jax.jit(forward), platforms=tuple(platforms))(weights, inputs)
-  except jax.errors.InconclusiveDimensionOperation as error:
-    raise ValueError(f"the model depends on its batch size, which is left open: {error}") from error
+  exported = export.export(_open_batch(forward, weights, inputs, example), platforms=tuple(platforms))(weights, inputs)
   results = _described(exported.out_tree.unflatten(exported.out_avals))
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
@@ -77,6 +76,7 @@ def export_model(
     "platforms": list(exported.platforms),
     "arguments": {"variables": _described(weights), "batch": _described(inputs)},
     "results": results,
+    "weights": [name_of(path) for path, _ in jax.tree.leaves_with_path(dict(zip(_PARTS, weights, strict=True)))],
     "kept": list(exported.module_kept_var_idx),
     "calling_convention": exported.calling_convention_version,
     "global_constants": exported.uses_global_constants,
@@ -130,6 +130,22 @@ def load_exported(
     return call(variables, {name: batch[name] for name in entries})
 
   return predict
+
+
+def _open_batch(forward: Callable[[PyTree, PyTree], Any], weights: PyTree, inputs: PyTree, example: PyTree) -> Any:
+  """The jitted function, traced for an open batch, or a ValueError if it can only be had for one of known size.
+
+  What a model does with its batch size may fail in many ways: `len` and `range` want an integer (TypeError), a
+  comparison has no answer. One that works for the example depends on its size.
+  """
+  compiled = jax.jit(forward)
+  try:
+    compiled.trace(weights, inputs)
+  except Exception as error:
+    of_known_size = jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, spec.dtype), dict(example), inputs)
+    jax.eval_shape(forward, weights, of_known_size)  # any other mistake is raised here
+    raise ValueError(f"the model depends on its batch size, which is left open: {error}") from error
+  return compiled
 
 
 def _restored(module: bytes, manifest: Mapping[str, Any]) -> export.Exported:

@@ -1,6 +1,12 @@
 """An exported model gives the same outputs without kdflax's models, for every batch size."""
 
 import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +16,8 @@ import pytest
 from kdflax import models
 from kdflax.export import export_model, load_exported
 from kdflax.models import Model
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "export.md"
 
 
 def _images(size, seed=0):
@@ -79,12 +87,72 @@ def _model(function):
 
 
 @pytest.mark.parametrize(
-  "function", [lambda x: {"logits": jnp.concatenate([x, x])}, lambda x: {"logits": x if x.shape[0] > 3 else 2 * x}]
+  "function",
+  [
+    lambda x: {"logits": jnp.concatenate([x, x])},
+    lambda x: {"logits": x if x.shape[0] > 3 else 2 * x},
+    lambda x: {"logits": x / len(x)},
+    lambda x: {"logits": jnp.stack([x[i] for i in range(x.shape[0])])},
+    lambda x: {"logits": jnp.stack(list(x))},
+    lambda x: {"logits": x + np.zeros(x.shape)},
+  ],
+  ids=["twice as many", "compared", "len", "range", "iterated", "NumPy"],
 )
 def test_a_model_that_depends_on_its_batch_size_stays(tmp_path, function):
   with pytest.raises(ValueError, match="depends on its batch size"):
     export_model(tmp_path, _model(function), ({}, {}), {"image": _images(2)})
   assert not list(tmp_path.iterdir())
+
+
+def test_another_mistake_in_a_model_speaks_for_itself(tmp_path):
+  with pytest.raises(TypeError, match="unsupported operand"):
+    export_model(tmp_path, _model(lambda x: {"logits": x + "one"}), ({}, {}), {"image": _images(2)})
+  with pytest.raises(ValueError, match="no 'logits' in the context"):
+    export_model(tmp_path, _model(lambda x: {"scores": x}), ({}, {}), {"image": _images(2)})
+
+
+def test_any_use_of_the_size_that_stays_open_is_welcome(tmp_path):
+  centred = _model(lambda x: {"logits": x.reshape(x.shape[0], -1) - x.sum(0).reshape(-1) / x.shape[0]})
+  export_model(tmp_path, centred, ({}, {}), {"image": _images(2)}, platforms=["cpu"])
+  images = _images(5)
+  expected = images.reshape(5, -1) - images.mean(0).reshape(-1)
+  np.testing.assert_allclose(load_exported(tmp_path)({"image": images})["logits"], expected, rtol=1e-5, atol=1e-6)
+
+
+def _in_a_fresh_process(code, directory):
+  """Runs a program beside an export, and returns what it saves as `logits`."""
+  np.save(directory / "images.npy", _images(3, seed=3))
+  code = f"import numpy as np\nimages = np.load('images.npy')\n{code}\nnp.save('logits.npy', logits)"
+  root = str(pathlib.Path(__file__).parents[1])
+  subprocess.run([sys.executable, "-c", code], cwd=directory, env=os.environ | {"PYTHONPATH": root}, check=True)
+  return np.load(directory / "logits.npy")
+
+
+@pytest.mark.parametrize("reader", ["with kdflax", "without kdflax"])
+def test_the_page_says_how_to_serve_it_and_neither_flax_nor_orbax_is_imported(exported, reader, tmp_path):
+  model, variables, directory, _ = exported
+  shutil.copytree(directory, tmp_path / "exported")
+  writes, with_kdflax, without_kdflax = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+  assert "export_model" in writes
+  code = with_kdflax if reader == "with kdflax" else f"import sys; sys.modules['kdflax'] = None\n{without_kdflax}"
+  absent = ["flax", "orbax", "kdflax.models", *([] if reader == "with kdflax" else ["kdflax.export"])]
+  code += f"\nimport sys\nassert not sys.modules.keys() & set({absent})"
+  expected, _ = model.apply(*variables, {"image": _images(3, seed=3)}, train=False, key=None)
+  np.testing.assert_allclose(_in_a_fresh_process(code, tmp_path), expected["logits"], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_named_in_the_order_of_the_program(tmp_path):
+  """Names that sort otherwise as paths, and weights of several dtypes."""
+  params = {"a": {"b": jnp.ones(2, jnp.bfloat16)}, "a-b": jnp.arange(2), "c": {}}
+  state = {"10": jnp.float32(3), "9": jnp.float32(4)}
+  forward = lambda p, s, batch, *, train, key: (
+    {"logits": batch["image"] * p["a"]["b"][0] + p["a-b"][1] * s["10"] - s["9"]}, s)  # fmt: skip
+  model = Model(lambda key, example: (params, state), forward)
+  export_model(tmp_path / "exported", model, (params, state), {"image": _images(2)}, platforms=["cpu"])
+  manifest = json.loads((tmp_path / "exported" / "manifest.json").read_text())
+  assert manifest["weights"] == ["params/a/b", "params/a-b", "state/10", "state/9"]
+  without_kdflax = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)[-1]
+  np.testing.assert_allclose(_in_a_fresh_process(without_kdflax, tmp_path), _images(3, seed=3) - 1, rtol=1e-5)
 
 
 def test_a_connector_stays(tmp_path):
