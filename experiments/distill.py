@@ -8,6 +8,7 @@ of labels and an order of batches of its own, shared by the methods, so that dif
     python -m experiments.distill                     about a minute on two CPU cores; results in runs/distill
     python -m experiments.distill --smoke             ten seconds, for a look
     python -m experiments.distill --labels 50 100     other numbers of labelled images
+    python -m experiments.distill --dataset mnist --path DIR --held-out 5000
 
 Killed at any moment, the same command continues it and ends with the same bits.
 """
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments import common, phases, pictures
+from experiments import common, networks, phases, pictures
 from kdflax import data, losses, models, teachers, training
 from kdflax.objectives import Term
 
@@ -35,6 +36,9 @@ METHODS: dict[Method, tuple[str, ...]] = {
   "relational": ("distance",),
   "all": ("soft", "feature", "distance"),
 }
+
+
+DATASETS = ("digits", "mnist", "cifar10", "cifar100")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +59,12 @@ class Config:
 
   run: str = "runs/distill"
   """Run directory: made, or continued if it holds a run with the same settings."""
-  dataset: Literal["digits"] = "digits"
-  """Data set."""
+  dataset: str = "digits"
+  """Data set: digits, mnist, cifar10 or cifar100."""
+  path: str = ""
+  """Folder with the files of the data set, if it is read from files."""
+  held_out: int = 0
+  """Training images to keep for validation, if the data set is read from files."""
   labels: tuple[int, ...] = (1000, 100)
   """Numbers of labelled training images to try; all others are used without their labels."""
   methods: tuple[Method, ...] = tuple(METHODS)
@@ -106,8 +114,18 @@ class Config:
       steps = {"student_steps": 60, "teacher_steps": 60, "save_every": 30}
       run = "runs/distill-smoke" if self.run == Config.run else self.run
       config = dataclasses.replace(self, run=run, **small, **steps)
+    networks.check_dataset(config, DATASETS)
+    if data.dataset(config.dataset).files and not config.held_out:
+      raise ValueError(f"{config.dataset} needs a validation split: set held_out, for instance to 5000")
     counts = ("seeds", "student_steps", "teacher_steps", "batch_size", "save_every")
     common.check_numbers(config, at_least_one=counts, positive=("temperature", "learning_rate"))
+    networks.check_widths(student_hidden=config.student_hidden, teacher_hidden=config.teacher_hidden)
+    if not config.teacher_hidden:
+      raise ValueError(
+        "teacher_hidden must name a width or more: its last one is the embedding to learn from; got none"
+      )
+    if not config.labels:
+      raise ValueError("labels must name a number of labelled images or more; got none")
     weights = dataclasses.asdict(config.weights)
     if any(not weight >= 0 for weight in weights.values()) or not any(weights.values()):
       raise ValueError(f"weights must be at least 0 and not all 0; got {weights}")
@@ -124,10 +142,11 @@ class Config:
 def main(config: Config) -> None:
   """Runs the experiment, or what is left of it."""
   config = config.checked()
-  splits = data.load(config.dataset)
+  splits = networks.read(config)
   images = data.num_examples(splits["train"])
   if max(config.labels) > images:
     raise ValueError(f"labels={max(config.labels)} is more than the training images: {images}")
+  data.with_label_budget(splits["train"], min(config.labels), seed=0)  # refuses fewer labels than classes
   with phases.session(config) as session:
     teacher = train_teacher(session, splits)
     students = {
@@ -149,7 +168,7 @@ class Trained(NamedTuple):
 def train_teacher(session: phases.Session, splits: Any) -> Trained:
   """Trains one teacher for each seed and records what it says about the training images."""
   config, arrays = session.config, splits["train"]
-  network = {"teacher": models.mlp(config.teacher_hidden, dropout=0.2)}
+  network = {"teacher": perceptron(config, config.teacher_hidden, dropout=0.2)}
   # A Term stops the gradient of a model called teacher, unless it is told that this one is to learn.
   terms = {"hard": Term(cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"}, stop_gradient=())}
   if config.pipeline == "grain":
@@ -166,6 +185,13 @@ def train_teacher(session: phases.Session, splits: Any) -> Trained:
   source = {"model": f"mlp {config.teacher_hidden}", "variables": training.digest(variables)}
   teachers.record(session.directory / "teacher", outputs, arrays["index"], source=source)
   return trained
+
+
+def perceptron(config: Config, hidden: tuple[int, ...], dropout: float = 0.0) -> models.Model:
+  """A network for the images of the data set and its classes; the task with the most, if there are several."""
+  known = data.dataset(config.dataset)
+  classes = max(task.classes or 0 for task in known.tasks.values())
+  return networks.normalized(models.mlp(hidden, classes, dropout=dropout), known.normalisation)
 
 
 def train_student(session: phases.Session, splits: Any, budget: int, method: Method) -> Trained:
@@ -212,7 +238,7 @@ def objective(config: Config, method: Method) -> tuple[dict[str, models.Model], 
     "feature": Term(losses.hint, {**pair, "student": "connector.output"}, config.weights.feature),
     "distance": Term(losses.rkd_distance, pair, config.weights.distance),
   }
-  network = {"student": models.mlp(config.student_hidden), "teacher": teachers.recorded()}
+  network = {"student": perceptron(config, config.student_hidden), "teacher": teachers.recorded()}
   if "feature" in METHODS[method]:
     network["connector"] = models.linear_connector("student.embedding", config.teacher_hidden[-1])
   return network, {name: terms[name] for name in ("hard", *METHODS[method])}
@@ -258,7 +284,7 @@ def report(session: phases.Session, splits: Any, teacher: Trained, students: dic
     }
     for r in results
   ]
-  title = f"Students on digits: mean and 95% interval over {config.seeds} paired seeds"
+  title = f"Students on {config.dataset}: mean and 95% interval over {config.seeds} paired seeds"
   print(common.write_table(session.directory, "results", title, rows, results))
   pictures.learning_curves(session.directory, "validation/accuracy", "baseline")
   pictures.accuracy_by_method(session.directory, results)

@@ -23,7 +23,7 @@ teachers say is recorded once, about the images as they are, so images are not a
     python -m experiments.fuse                       a quarter of an hour on two CPU cores; results in runs/fuse
     python -m experiments.fuse --smoke               half a minute, for a look
     python -m experiments.fuse --balancers UPGrad    one balancer, in a few minutes
-    python -m experiments.fuse --cifar DIR --pair resnet56 resnet20
+    python -m experiments.fuse --dataset cifar100 --path DIR
 
 Killed at any moment, the same command continues it and ends with the same bits.
 """
@@ -41,7 +41,7 @@ import optax
 
 from experiments import common, phases, pictures
 from experiments.balancers import BALANCERS, NEED_THREE_TASKS
-from experiments.networks import embedding_width, network
+from experiments.networks import check_dataset, embedding_width, forwarded, network, read
 from kdflax import data, losses, models, teachers, training
 from kdflax.objectives import Term
 from kdflax.training import metrics
@@ -55,7 +55,6 @@ BASES = ("independent", "joint", "composite")  # what the others are compared wi
 class Recipe(NamedTuple):
   """What a data set asks for."""
 
-  tasks: Mapping[str, int]  # number of classes
   pair: tuple[str, str]  # encoders of a teacher and of a student
   labels: int
   teacher_steps: int
@@ -64,8 +63,8 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-  "overlaid_digits": Recipe({"left": 10, "right": 10}, ("mlp-256", "mlp-16"), 200, 2000, 3000, 3e-3),
-  "cifar100": Recipe({"fine": 100, "coarse": 20}, ("resnet56", "resnet20"), 10_000, 80_000, 80_000, 1e-3),
+  "overlaid_digits": Recipe(("mlp-256", "mlp-16"), 200, 2000, 3000, 3e-3),
+  "cifar100": Recipe(("resnet56", "resnet20"), 10_000, 80_000, 80_000, 1e-3),
 }
 
 
@@ -106,8 +105,12 @@ class Config:
 
   run: str = "runs/fuse"
   """Run directory: made, or continued if it holds a run with the same settings."""
+  dataset: str = "overlaid_digits"
+  """Data set: overlaid_digits or cifar100."""
+  path: str = ""
+  """Folder with the files of the data set, if it is read from files."""
   cifar: str = ""
-  """Folder with train.bin and test.bin of CIFAR-100; overlaid digits without it."""
+  """Old form of `--dataset cifar100 --path`; goes with version 0.3."""
   pair: tuple[str, str] | None = None
   """Encoders of teacher and student: names such as mlp-256, convnet-16-32 or resnet20; by default, as for the next
   four, those of the data set."""
@@ -120,7 +123,7 @@ class Config:
   learning_rate: float | None = None
   """Peak of the cosine schedule of Adam."""
   held_out: int = 0
-  """Training images of CIFAR-100 to keep for validation, which only the learning curves need."""
+  """Training images to keep for validation, which only the learning curves need, if the data set is read from files."""
   methods: tuple[str, ...] = tuple(METHODS)
   """Methods to compare; differences are to those of independent, joint and composite that are among them."""
   balancers: tuple[str, ...] = FOR_TWO_TASKS
@@ -141,14 +144,9 @@ class Config:
   """A short run: two seeds, few steps, one balancer."""
 
   @property
-  def dataset(self) -> str:
-    """The data set that the settings ask for."""
-    return "cifar100" if self.cifar else "overlaid_digits"
-
-  @property
-  def tasks(self) -> Mapping[str, int]:
-    """Number of classes by task."""
-    return RECIPES[self.dataset].tasks
+  def tasks(self) -> Mapping[str, data.Task]:
+    """The tasks of the data set by name; all have classes."""
+    return data.dataset(self.dataset).tasks
 
   def checked(self) -> "Config":
     """Returns the settings that will be used.
@@ -156,19 +154,18 @@ class Config:
     Raises:
       ValueError: if one makes no sense.
     """
-    config = self
+    config = forwarded(self)
     if self.smoke:
       run = "runs/fuse-smoke" if self.run == Config.run else self.run
       small: Any = {"methods": ("joint", "composite")}
       small |= {"balancers": ("UPGrad",), "seeds": 2, "student_steps": 40, "teacher_steps": 40, "save_every": 20}
-      config = dataclasses.replace(self, run=run, **small)
+      config = dataclasses.replace(config, run=run, **small)
+    check_dataset(config, tuple(RECIPES))
     config = common.filled(config, RECIPES[config.dataset])
     counts = ("labels", "seeds", "student_steps", "teacher_steps", "batch_size", "save_every")
     common.check_numbers(config, at_least_one=counts, positive=("temperature", "learning_rate"))
     for name in config.pair:
       network(name, None)
-    if config.held_out and not config.cifar:
-      raise ValueError(f"held_out={config.held_out} is for cifar; digits have a validation split of their own")
     weights = dataclasses.asdict(config.weights)
     if any(not weight >= 0 for weight in weights.values()):
       raise ValueError(f"weights must be at least 0; got {weights}")
@@ -205,20 +202,16 @@ def load(config: Any) -> dict[str, Any]:
   Raises:
     ValueError: if there are fewer training images than the labels that students may see, or fewer labels than classes.
   """
-  if config.cifar:
-    read = data.load("cifar100", path=config.cifar, validation=config.held_out)
-    both = lambda split: {"fine": split["label"], "coarse": split["coarse_label"]}
-    splits = {n: {"image": s["image"], "label": both(s), "index": s["index"]} for n, s in read.items()}
-  else:
-    splits = data.load("overlaid_digits")
+  splits = {name: data.by_task(arrays, config.tasks) for name, arrays in read(config).items()}
   data.with_label_budget(splits["train"], config.labels, seed=0, task=next(iter(config.tasks)))  # refuses here
   return splits
 
 
 def multi_task(config: Config, encoder: str, *, shared: bool) -> models.Model:
   """A network for all tasks: one encoder for all, or one for each."""
-  heads = {task: models.task_head(classes) for task, classes in config.tasks.items()}
-  return (models.hard_sharing if shared else models.soft_sharing)(network(encoder, None), heads)
+  heads = {name: models.task_head(task.classes) for name, task in config.tasks.items()}
+  network_of_bytes = network(encoder, None, data.dataset(config.dataset).normalisation)
+  return (models.hard_sharing if shared else models.soft_sharing)(network_of_bytes, heads)
 
 
 def optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:

@@ -30,6 +30,7 @@ import optax
 
 from experiments import common, joint_report, phases
 from experiments.balancers import BALANCERS, NEED_THREE_TASKS, one_of
+from experiments.networks import check_widths
 from kdflax import balancing, coupling, data, models, training
 from kdflax.objectives import Term, evaluate
 
@@ -43,10 +44,13 @@ class Problem(NamedTuple):
   tasks: Mapping[str, int | None]  # number of classes, or None for a regression
 
 
-PROBLEMS = {
-  "overlaid_digits": Problem("image", {"left": 10, "right": 10}),
-  "diabetes": Problem("inputs", {"progression": None, "glucose": None, "sex": 2}),
-}
+def problem_of(name: str) -> Problem:
+  """The problem that a data set of several tasks poses."""
+  known = data.dataset(name)
+  return Problem(known.input, {task: known.tasks[task].classes for task in known.tasks})
+
+
+PROBLEMS = {name: problem_of(name) for name in ("overlaid_digits", "diabetes")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Config:
   run: str = "runs/joint"
   """Run directory: made, or continued if it holds a run with the same settings."""
   problems: tuple[str, ...] = tuple(PROBLEMS)
-  """Problems to solve."""
+  """Problems to solve: data sets of several tasks, by name."""
   overlaid_digits: Settings = Settings()
   """Settings for the overlaid digits."""
   diabetes: Settings = Settings(hidden=(32, 16), steps=300)
@@ -109,6 +113,8 @@ class Config:
       raise ValueError(f"unknown balancers {unknown}; there are {', '.join(BALANCERS)}")
     if unknown := [name for name in config.problems if name not in PROBLEMS]:
       raise ValueError(f"unknown problems {unknown}; there are {', '.join(PROBLEMS)}")
+    if not config.problems:
+      raise ValueError(f"problems must name one or more of {', '.join(PROBLEMS)}; got none")
     if config.seeds < 1 or config.save_every < 1 or config.save_every % STEPS_PER_CALL:
       raise ValueError(
         f"seeds must be at least 1 and save_every a positive multiple of {STEPS_PER_CALL}; got {config.seeds} and"
@@ -120,6 +126,7 @@ class Config:
 
 
 def _check_settings(problem: str, settings: Settings) -> None:
+  check_widths(**{f"{problem}: hidden": settings.hidden})
   if settings.steps < 1 or settings.steps % STEPS_PER_CALL:
     raise ValueError(f"{problem}: steps must be a positive multiple of {STEPS_PER_CALL}; got {settings.steps}")
   if settings.batch_size < 1 or not settings.learning_rate > 0 or len(settings.hidden) < 2:

@@ -1,28 +1,33 @@
-"""Networks that experiments name on the command line, for images of floats or of bytes."""
+"""Networks and data sets that experiments name on the command line."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from kdflax import models
+from kdflax import data, models
 
 
-def network(name: str, num_classes: int | None) -> models.Model:
+def network(name: str, num_classes: int | None, normalisation: data.Normalisation | None = None) -> models.Model:
   """Makes a network from its name; one without classes is an encoder.
 
   Args:
     name: `resnet20`, `mlp-256` with the widths of its hidden layers, or `convnet-16-32` with the channels of its
       stages.
     num_classes: width of the logits, or None.
+    normalisation: of the data set, for images of bytes.
 
   Raises:
     ValueError: if there is no such network.
   """
   kind, widths = _parsed(name)
   if kind == "mlp":
-    return _of_bytes(models.mlp(widths, num_classes))
+    return normalized(models.mlp(widths, num_classes), normalisation)
   if kind == "convnet":
-    return _of_bytes(models.convnet(widths, num_classes))
-  return _of_bytes(models.resnet(name, num_classes))
+    return normalized(models.convnet(widths, num_classes), normalisation)
+  return normalized(models.resnet(name, num_classes), normalisation)
 
 
 def embedding_width(name: str) -> int:
@@ -32,7 +37,7 @@ def embedding_width(name: str) -> int:
 
 def _parsed(name: str) -> tuple[str, tuple[int, ...]]:
   kind, *widths = name.split("-")
-  if kind in ("mlp", "convnet") and widths and all(width.isdigit() and int(width) for width in widths):
+  if kind in ("mlp", "convnet") and widths and all(width.isdecimal() and int(width) for width in widths):
     return kind, tuple(map(int, widths))
   if name not in models.RESNETS:
     known = f"mlp-256 with its hidden layers, convnet-16-32 with its stages, or {', '.join(models.RESNETS)}"
@@ -40,11 +45,11 @@ def _parsed(name: str) -> tuple[str, tuple[int, ...]]:
   return name, models.RESNETS[name][1]
 
 
-def _of_bytes(model: models.Model) -> models.Model:
-  """The model on images that may be bytes, which are standardised with the statistics of CIFAR-100."""
+def normalized(model: models.Model, normalisation: data.Normalisation | None) -> models.Model:
+  """The model on images that may be bytes, which are normalised as `data.normalize` does."""
 
   def prepare(batch):
-    return batch | {"image": _standardized(batch["image"])}
+    return batch | {"image": data.normalize(batch["image"], normalisation)}
 
   def apply(params, state, batch, *, train, key=None):
     return model.apply(params, state, prepare(batch), train=train, key=key)
@@ -52,8 +57,49 @@ def _of_bytes(model: models.Model) -> models.Model:
   return models.Model(lambda key, batch: model.init(key, jax.eval_shape(prepare, batch)), apply)
 
 
-def _standardized(image: jax.Array) -> jax.Array:
-  if image.dtype != jnp.uint8:
-    return image
-  mean, deviation = jnp.asarray([0.5071, 0.4867, 0.4408]), jnp.asarray([0.2675, 0.2565, 0.2761])
-  return (image / jnp.float32(255) - mean) / deviation
+def read(config: Any) -> dict[str, data.Arrays]:
+  """Reads the splits of the data set that a config names.
+
+  Args:
+    config: with `dataset`, `path` and `held_out`: the training examples to keep for validation.
+  """
+  settings = {"path": config.path} if config.path else {}
+  return data.load(config.dataset, **settings | ({"validation": config.held_out} if config.held_out else {}))
+
+
+def check_dataset(config: Any, known: Sequence[str]) -> None:
+  """Raises a ValueError unless `dataset`, `path` and `held_out` of a config fit together and to its experiment.
+
+  Args:
+    config: of an experiment.
+    known: data sets that it has settings for.
+  """
+  if config.dataset not in known:
+    raise ValueError(f"dataset={config.dataset!r} is not for this experiment, which takes {', '.join(known)}")
+  if config.held_out < 0:
+    raise ValueError(f"held_out must be at least 0; got {config.held_out}")
+  files = data.dataset(config.dataset).files
+  if config.held_out and not files:
+    from_files = ", ".join(name for name in known if data.dataset(name).files)
+    raise ValueError(
+      f"held_out={config.held_out} is for {from_files}; {config.dataset} has a validation split of its own"
+    )
+  if files and not config.path:
+    raise ValueError(f"dataset={config.dataset!r} needs path: a folder with {files}; of {', '.join(known)}")
+  if config.path and not files:
+    raise ValueError(f"path={config.path!r} is for data read from files; {config.dataset} comes with scikit-learn")
+
+
+def forwarded(config: Any) -> Any:
+  """Returns a config in which `cifar`, the setting of version 0.1, is said as `dataset` and `path`; goes with 0.3."""
+  if not config.cifar:
+    return config
+  warnings.warn(f"--cifar goes with version 0.3: --dataset cifar100 --path {config.cifar}", FutureWarning, stacklevel=3)
+  return dataclasses.replace(config, dataset="cifar100", path=config.cifar, cifar="")
+
+
+def check_widths(**layers: Sequence[int]) -> None:
+  """Raises a ValueError that names the first setting in which a layer has no positive width."""
+  for name, widths in layers.items():
+    if any(width < 1 for width in widths):
+      raise ValueError(f"{name} must be widths of at least 1; got {tuple(widths)}")

@@ -108,7 +108,7 @@ def confused_digits(directory: pathlib.Path, split: Mapping[str, Any], softmax: 
   images = np.argsort(ordered[:, -1] - ordered[:, -2])[:4]
   figure, panels = plt.subplots(len(images), 1 + len(softmax), figsize=(2.3 * (1 + len(softmax)), 1.9 * len(images)))
   for line, image in zip(panels, images, strict=True):
-    line[0].imshow(split["image"][image, ..., 0], cmap="gray_r")
+    line[0].imshow(split["image"][image].squeeze(-1 if split["image"].shape[-1] == 1 else ()), cmap="gray_r")
     line[0].set(title=f"a {split['label'][image]}", xticks=[], yticks=[])
     for panel, (name, probabilities) in zip(line[1:], softmax.items(), strict=True):
       panel.bar(range(probabilities.shape[1]), probabilities[image])

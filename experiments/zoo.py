@@ -12,7 +12,7 @@ and the published weight beside a tuned one: those were chosen for other network
     python -m experiments.zoo --smoke                          half a minute, for a look
     python -m experiments.zoo --methods kl_soft_targets crd    some methods
     python -m experiments.zoo --tune --run runs/zoo-tune       finds the weights
-    python -m experiments.zoo --cifar DIR --pair resnet56 resnet20
+    python -m experiments.zoo --dataset cifar100 --path DIR --pair resnet56 resnet20
 
 Killed at any moment, the same command continues it and ends with the same bits.
 """
@@ -30,6 +30,7 @@ import numpy as np
 import optax
 
 from experiments import common, phases, pictures
+from experiments.networks import check_dataset, forwarded
 from experiments.zoo_methods import METHODS, Method, Network, Pair, Terms
 from experiments.zoo_pairs import (
   PUBLISHED,
@@ -58,9 +59,9 @@ class Config:
 
   Three pairs on CIFAR-100 come with published numbers, which the table repeats beside its own:
 
-      python -m experiments.zoo --cifar DIR --pair resnet56 resnet20
-      python -m experiments.zoo --cifar DIR --pair resnet32x4 resnet8x4
-      python -m experiments.zoo --cifar DIR --pair resnet110 resnet32
+      python -m experiments.zoo --dataset cifar100 --path DIR --pair resnet56 resnet20
+      python -m experiments.zoo --dataset cifar100 --path DIR --pair resnet32x4 resnet8x4
+      python -m experiments.zoo --dataset cifar100 --path DIR --pair resnet110 resnet32
 
   top-1 accuracy in percent, the mean of five runs for most methods:
 {PUBLISHED}
@@ -70,8 +71,12 @@ class Config:
 
   run: str = "runs/zoo"
   """Run directory: made, or continued if it holds a run with the same settings."""
+  dataset: str = "digits"
+  """Data set: digits or cifar100."""
+  path: str = ""
+  """Folder with the files of the data set, if it is read from files."""
   cifar: str = ""
-  """Folder with train.bin and test.bin of CIFAR-100; scikit-learn's digits without it."""
+  """Old form of `--dataset cifar100 --path`; goes with version 0.3."""
   pair: tuple[str, str] | None = None
   """Teacher and student: names such as resnet56 or convnet-16-32; by default that of the data set."""
   methods: tuple[str, ...] = ()
@@ -87,7 +92,8 @@ class Config:
   learning_rate: float | None = None
   """First learning rate."""
   held_out: int = 0
-  """Training images of CIFAR-100 to keep for validation, which --tune needs; published runs train on all."""
+  """Training images to keep for validation, which --tune needs, if the data set is read from files; published runs
+  train on all."""
   save_every: int = 500
   """Updates between checkpoints."""
   tune: bool = False
@@ -101,22 +107,18 @@ class Config:
   smoke: bool = False
   """A short run: two seeds, a few steps, the baseline and two methods."""
 
-  @property
-  def dataset(self) -> str:
-    """The data set that the settings ask for."""
-    return "cifar100" if self.cifar else "digits"
-
   def checked(self) -> "Config":
     """Returns the settings that will be used.
 
     Raises:
       ValueError: if one makes no sense.
     """
-    config = self
+    config = forwarded(self)
     if self.smoke:
       run = "runs/zoo-smoke" if self.run == Config.run else self.run
       small = {"methods": ("kl_soft_targets", "hint"), "seeds": 2, "teacher_steps": 60, "student_steps": 30}
-      config = dataclasses.replace(self, run=run, **small)
+      config = dataclasses.replace(config, run=run, **small)
+    check_dataset(config, tuple(RECIPES))
     config = common.filled(config, RECIPES[config.dataset])
     unknown = set(config.methods) - set(METHODS)
     if unknown:
@@ -124,21 +126,20 @@ class Config:
     config = dataclasses.replace(config, methods=tuple(name for name in METHODS if name in (config.methods or METHODS)))
     counts = ("seeds", "tune_seeds", "teacher_steps", "student_steps", "batch_size", "save_every")
     common.check_numbers(config, at_least_one=counts, positive=("learning_rate",))
-    if config.tune and config.cifar and not config.held_out:
+    if config.tune and config.path and not config.held_out:
       raise ValueError("tune needs a validation split: set held_out, for instance to 5000")
     if config.weights != Config.weights and not config.tune and not pathlib.Path(config.weights).is_file():
       raise ValueError(f"weights: there is no file {config.weights}; --tune writes one")
-    if config.held_out and not config.cifar:
-      raise ValueError(f"held_out={config.held_out} is for cifar; digits have a validation split of their own")
+    read_weights(config)
     for name in config.pair or ():
-      classifier(name, 10)
+      classifier(name, config.dataset)
     return config
 
 
 def main(config: Any) -> None:
   """Runs the experiment, or what is left of it."""
   config = config.checked()
-  splits = load(config.cifar, config.held_out)
+  splits = load(config)
   images = len(splits["train"]["label"])
   if config.batch_size > images:
     raise ValueError(f"batch_size={config.batch_size} is larger than the training data: {images} images")
@@ -177,7 +178,7 @@ class Student(NamedTuple):
 
 def networks(config: Any) -> tuple[models.Model, models.Model]:
   """The student and the teacher."""
-  teacher, student = (classifier(name, 100 if config.cifar else 10) for name in config.pair)
+  teacher, student = (classifier(name, config.dataset) for name in config.pair)
   return student, teacher
 
 
@@ -270,14 +271,35 @@ def validation(bench: Bench) -> Any:
 
 def weight_of(config: Config, name: str) -> tuple[float, str]:
   """Returns the weight of a method and where it comes from."""
-  published, file = METHODS[name].weight, pathlib.Path(config.weights)
-  tuned = json.loads(file.read_text()) if file.is_file() else {}
-  found = tuned.get(config.dataset, {}).get(name)
+  published = METHODS[name].weight
+  found = read_weights(config).get(config.dataset, {}).get(name)
   if found:
     here = (tuple(found["pair"]), found["steps"]) == (config.pair, config.student_steps)
     tuned_on = "tuned" if here else f"tuned on {' to '.join(found['pair'])}, {found['steps']} steps"
     return float(found["weight"]), tuned_on if published is None else f"{tuned_on}, {published:g} published"
   return (1.0, "untuned") if published is None else (published, "published")
+
+
+def read_weights(config: Config) -> dict[str, dict[str, Any]]:
+  """Returns the tuned weights by data set and method, each with what it was tuned on; none if there is no file.
+
+  Raises:
+    ValueError: if the file is not one that `write_weights` wrote.
+  """
+  file = pathlib.Path(config.weights)
+  if not file.is_file():
+    return {}
+  try:
+    tuned = json.loads(file.read_text())
+    for entry in (entry for methods in tuned.values() for entry in methods.values()):
+      if not float(entry["weight"]) >= 0 or not int(entry["steps"]) >= 1:
+        raise ValueError("a weight below 0, or no steps")
+      " to ".join(entry["pair"])
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"weights: {file} is not a file that --tune writes ({type(error).__name__}: {error}); name another"
+    ) from error
+  return tuned
 
 
 def tune(bench: Bench) -> None:
@@ -319,8 +341,7 @@ def tune_one(bench: Bench, name: str, grid: tuple[float, ...], seeds: int) -> di
 
 def write_weights(config: Config, found: dict[str, Any]) -> None:
   """Adds tuned weights to the file, with what they were tuned on."""
-  file = pathlib.Path(config.weights)
-  tuned = json.loads(file.read_text()) if file.is_file() else {}
+  file, tuned = pathlib.Path(config.weights), read_weights(config)
   note = {"pair": config.pair, "steps": config.student_steps, "seeds": min(config.tune_seeds, config.seeds)}
   found = {name: entry | note for name, entry in found.items()}
   tuned[config.dataset] = tuned.get(config.dataset, {}) | found
@@ -345,7 +366,7 @@ def report(bench: Bench, students: dict[str, Student], weights: dict[str, tuple[
     }
     for name, student in ranked
   ]
-  known = published(config.pair) if config.cifar else {}
+  known = published(config.pair) if config.dataset == "cifar100" else {}
   rows = [row(rank, result, known) for rank, result in enumerate(results, start=1)]
   teacher = common.plus_minus(bench.teacher_accuracy)
   title = (

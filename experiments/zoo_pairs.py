@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import phases
-from experiments.networks import network
+from experiments.networks import network, read
 from experiments.zoo_methods import Pair
 from kdflax import data, losses, models, training
 
@@ -60,20 +60,21 @@ def published(pair: tuple[str, str]) -> dict[str, float]:
   return {method: float(numbers[pairs.index(name)]) for method, *numbers in rows} if name in pairs else {}
 
 
-def load(cifar: str, held_out: int) -> dict[str, Any]:
-  """Reads CIFAR-100 from a folder, or else digits; `row` counts the examples of a split."""
-  splits = data.load("cifar100", path=cifar, validation=held_out) if cifar else data.load("digits")
+def load(config: Any) -> dict[str, Any]:
+  """Reads the data set of a config; `row` counts the examples of a split."""
+  splits = read(config)
   kept = {name: {key: split[key] for key in ("image", "label")} for name, split in splits.items()}
   return {name: split | {"row": np.arange(len(split["label"]), dtype=np.int32)} for name, split in kept.items()}
 
 
-def classifier(name: str, num_classes: int) -> models.Model:
-  """A network by its name that also returns `class_maps`, its head at each position.
+def classifier(name: str, dataset: str) -> models.Model:
+  """A network by its name for a data set, that also returns `class_maps`, its head at each position.
 
   Raises:
     ValueError: if there is no such network, or it has fewer than two stages of maps.
   """
-  inner = network(name, num_classes)
+  known = data.dataset(dataset)
+  inner = network(name, max(task.classes or 0 for task in known.tasks.values()), known.normalisation)
   if name.startswith("mlp") or (name.startswith("convnet") and name.count("-") < 2):
     raise ValueError(f"{name} has fewer than two stages of feature maps, which the methods compare")
 

@@ -1,6 +1,6 @@
 """Data sets as plain dicts of arrays, and batches whose position can be saved and restored."""
 
-from kdflax.data.arrays import check, gather, num_examples, stratified_split, with_label_budget
+from kdflax.data.arrays import Arrays, check, gather, num_examples, stratified_split, with_label_budget
 from kdflax.data.augment import random_flip, random_shift
 from kdflax.data.batches import (
   DeviceBatches,
@@ -12,15 +12,23 @@ from kdflax.data.batches import (
   padded_batches,
 )
 from kdflax.data.readers import cifar, idx, mnist, parquet
-from kdflax.data.sources import digits, load, overlaid_digits, tabular
+from kdflax.data.sets import DATASETS, Dataset, Normalisation, Task, by_task, dataset, load, normalize
+from kdflax.data.sources import digits, overlaid_digits, tabular
 
 __all__ = [
+  "DATASETS",
+  "Arrays",
+  "Dataset",
   "DeviceBatches",
   "GrainBatches",
   "MixedBatches",
+  "Normalisation",
+  "Task",
   "batch_indices",
+  "by_task",
   "check",
   "cifar",
+  "dataset",
   "digits",
   "gather",
   "grain_batches",
@@ -28,6 +36,7 @@ __all__ = [
   "load",
   "mix",
   "mnist",
+  "normalize",
   "num_examples",
   "overlaid_digits",
   "padded_batches",

@@ -1,13 +1,11 @@
 """Real data that comes with scikit-learn, as seeded splits of plain NumPy arrays."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kdflax.data.arrays import Arrays, check, stratified_split
-from kdflax.data.readers import cifar, mnist
 from kdflax.extras import extra
 
 SPLITS = ("train", "validation", "test")
@@ -147,33 +145,6 @@ def tabular(seed: int = 0, *, problem: str = "diabetes", sizes: Sequence[int] | 
     for name, rows in zip(SPLITS, indices, strict=True)
   }
   return _checked(splits, num_classes={task: int(labels.max()) + 1})
-
-
-def load(name: str, **settings: Any) -> dict[str, Arrays]:
-  """Return the splits of a data set by its name, for configurations that hold the name as text.
-
-  Args:
-    name: `digits`, `overlaid_digits`, `diabetes`, `wine`, `mnist`, `cifar10` or `cifar100`.
-    settings: the arguments of the function of that name; the last three need `path`.
-
-  Returns:
-    Splits by name, each a dict of arrays.
-
-  Raises:
-    ValueError: an unknown name; the message lists the known ones.
-  """
-  sources: dict[str, Callable[..., dict[str, Arrays]]] = {
-    "digits": digits,
-    "overlaid_digits": overlaid_digits,
-    "diabetes": partial(tabular, problem="diabetes"),
-    "wine": partial(tabular, problem="wine"),
-    "mnist": mnist,
-    "cifar10": partial(cifar, classes=10),
-    "cifar100": partial(cifar, classes=100),
-  }
-  if name not in sources:
-    raise ValueError(f"unknown data set {name!r}; there are {', '.join(sources)}")
-  return sources[name](**settings)
 
 
 def _check_three(sizes: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 
+import numpy as np
 import pytest
 
 from benchmarks import kill_points
@@ -105,6 +106,18 @@ def _command_line(monkeypatch, *arguments):
     (["--weights.soft", "-1"], ["error: weights must be at least 0", "'soft': -1.0"]),
     (["--weights.soft", "0", "--weights.feature", "0", "--weights.distance", "0"], ["not all 0"]),
     (["--batch-size", "128"], ["batch_size=128 is larger than the labelled data: 100 images"]),
+    (["--labels"], ["labels must name a number of labelled images or more; got none"]),
+    (["--labels", "8", "--batch-size", "4"], ["num_labelled=8 must be between 10 (the classes) and 1000"]),
+    (["--student-hidden", "0"], ["student_hidden must be widths of at least 1; got (0,)"]),
+    (["--student-hidden", "8", "-3"], ["student_hidden must be widths of at least 1; got (8, -3)"]),
+    (["--teacher-hidden", "-3"], ["teacher_hidden must be widths of at least 1; got (-3,)"]),
+    (["--teacher-hidden"], ["teacher_hidden must name a width or more"]),
+    (
+      ["--dataset", "wine"],
+      ["dataset='wine' is not for this experiment, which takes digits, mnist, cifar10, cifar100"],
+    ),
+    (["--dataset", "mnist", "--path", "there"], ["mnist needs a validation split: set held_out"]),
+    (["--held-out", "9"], ["held_out=9 is for mnist, cifar10, cifar100; digits has a validation split of its own"]),
     (["--labels", "99999"], ["labels=99999 is more than the training images: "]),
     (["--seeds", "0"], ["seeds must be at least 1; got 0"]),
     (["--methods", "all"], ["with baseline among them"]),
@@ -119,6 +132,20 @@ def test_bad_input_ends_at_once_and_leaves_nothing(tmp_path, monkeypatch, capsys
   assert code == common.BAD_INPUT
   assert all(message in said for message in messages), said
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_images_of_bytes_are_normalised_by_their_own_data_set(tmp_path):
+  """MNIST has one channel; the pixels reach the network with mean 0 and deviation 1 by its own statistics."""
+  random = np.random.default_rng(0)
+  for name, count in (("train", 60), ("t10k", 20)):
+    images, labels = random.integers(256, size=(count, 6, 6), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10
+    header = b"\0\0\x08\x03" + b"".join(size.to_bytes(4) for size in images.shape)
+    (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + count.to_bytes(4) + labels.tobytes())
+  files = {"dataset": "mnist", "path": str(tmp_path), "held_out": 20}
+  distill.main(distill.Config(run=str(tmp_path / "run"), **files, **TINY))
+  assert "| all |" in (tmp_path / "run" / "results.md").read_text()
 
 
 def test_a_run_directory_that_is_a_file_or_foreign_is_left_alone(tmp_path, monkeypatch, capsys):

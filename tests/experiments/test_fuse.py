@@ -43,7 +43,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(whole_and_stopped):
 
 @pytest.mark.slow
 def test_cifar_100_has_fine_and_coarse_classes_as_tasks(tmp_path, cifar100):
-  small = {"cifar": str(cifar100), "pair": ("convnet-2-3", "convnet-2-3"), "held_out": 8, "seeds": 1}
+  small = {"dataset": "cifar100", "path": str(cifar100), "pair": ("convnet-2-3", "convnet-2-3")}
+  small |= {"held_out": 8, "seeds": 1}
   small |= {"methods": ("multi-task teacher",), "balancers": (), "batch_size": 4}
   small |= {"teacher_steps": 1, "student_steps": 1, "save_every": 1}
   fuse.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), **small))
@@ -64,6 +65,10 @@ def test_cifar_100_has_fine_and_coarse_classes_as_tasks(tmp_path, cifar100):
     ({"labels": 8}, "batch_size=16 is larger than the labelled data: 8 images"),
     ({"weights": fuse.Weights(soft=-1.0)}, "weights must be at least 0"),
     ({"held_out": 5}, "held_out=5 is for cifar"),
+    ({"held_out": -1}, "held_out must be at least 0; got -1"),
+    ({"pair": ("mlp-8", "mlp-0")}, "no network 'mlp-0'"),
+    ({"dataset": "digits"}, "dataset='digits' is not for this experiment, which takes overlaid_digits, cifar100"),
+    ({"dataset": "cifar100"}, "dataset='cifar100' needs path: a folder with train.bin and test.bin"),
   ],
 )
 def test_settings_that_make_no_sense_are_named(changes, message):
@@ -83,3 +88,9 @@ def test_all_balancers_that_work_for_two_tasks_are_compared_with_the_plain_sum()
   assert len(balanced) == len(fuse.BALANCERS) - 2
   assert all(fuse.meaningful(name, "composite") and not fuse.meaningful(name, "joint") for name in balanced)
   assert fuse.meaningful("composite", "joint") and not fuse.meaningful("joint", "joint")
+
+
+def test_the_old_name_of_a_data_set_forwards_for_now():
+  with pytest.warns(FutureWarning, match=r"--cifar goes with version 0.3: --dataset cifar100 --path there"):
+    config = dataclasses.replace(TINY, cifar="there").checked()
+  assert config == dataclasses.replace(TINY, dataset="cifar100", path="there").checked()

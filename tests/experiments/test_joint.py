@@ -57,6 +57,11 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(monkeypatch, whole_an
     ({"diabetes": dataclasses.replace(SMALL, steps=15)}, "steps must be a positive multiple of 10; got 15"),
     ({"diabetes": dataclasses.replace(SMALL, l2=(0.0,))}, "strengths of couplings must be positive"),
     ({"diabetes": dataclasses.replace(SMALL, hidden=(8,))}, "two layers"),
+    (
+      {"diabetes": dataclasses.replace(SMALL, hidden=(8, 0))},
+      r"diabetes: hidden must be widths of at least 1; got \(8, 0",
+    ),
+    ({"problems": ()}, "problems must name one or more of overlaid_digits, diabetes; got none"),
     ({"seeds": 0}, "seeds"),
   ],
 )

@@ -44,7 +44,13 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(whole_and_stopped):
 
 @pytest.mark.slow
 def test_the_same_command_runs_on_files_of_cifar_100(tmp_path, cifar100):
-  small = {"cifar": str(cifar100), "pair": ("resnet8", "resnet8"), "teacher_steps": 1, "student_steps": 1}
+  small = {
+    "dataset": "cifar100",
+    "path": str(cifar100),
+    "pair": ("resnet8", "resnet8"),
+    "teacher_steps": 1,
+    "student_steps": 1,
+  }
   small |= {"methods": ("kl_soft_targets",), "seeds": 1, "batch_size": 4, "save_every": 1}
   zoo.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), **small))
   assert "resnet8 to resnet8 on cifar100" in (tmp_path / "run" / "results.md").read_text()
@@ -95,8 +101,8 @@ def test_every_method_learns_on_the_pair(name, bench):
 def bench():
   """What methods share, from a teacher that did not learn."""
   config = TINY.checked()
-  arrays = zoo_pairs.load("", 0)["train"]
-  teacher, student = (zoo_pairs.classifier(name, 10) for name in config.pair)
+  arrays = zoo_pairs.load(config)["train"]
+  teacher, student = (zoo_pairs.classifier(name, "digits") for name in config.pair)
   keys = jax.random.split(jax.random.key(0), config.seeds)
   frozen = jax.vmap(lambda key: teacher.init(key, arrays))(keys)
   session = zoo.phases.Session(config, None, None, None)
@@ -115,7 +121,13 @@ def bench():
     ({"pair": ("convnet-8", "convnet-2-3")}, "convnet-8 has fewer than two stages"),
     ({"learning_rate": 0.0}, "learning_rate must be positive"),
     ({"held_out": 5}, "held_out=5 is for cifar"),
-    ({"cifar": "somewhere", "tune": True}, "tune needs a validation split"),
+    ({"dataset": "cifar100", "path": "somewhere", "tune": True}, "tune needs a validation split"),
+    ({"dataset": "wine"}, "dataset='wine' is not for this experiment, which takes digits, cifar100"),
+    (
+      {"dataset": "cifar100"},
+      "dataset='cifar100' needs path: a folder with train.bin and test.bin; of digits, cifar100",
+    ),
+    ({"path": "somewhere"}, "path='somewhere' is for data read from files; digits comes with scikit-learn"),
     ({"weights": "typo.json"}, "weights: there is no file typo.json; --tune writes one"),
   ],
 )
@@ -142,6 +154,27 @@ def test_truncated_files_are_refused_before_anything_is_written(tmp_path, cifar1
   folder.mkdir()
   (folder / "train.bin").write_bytes((cifar100 / "train.bin").read_bytes()[:-1])
   (folder / "test.bin").write_bytes((cifar100 / "test.bin").read_bytes())
+  pair = ("resnet8", "resnet8")
   with pytest.raises(ValueError, match=r"train.bin"):
-    zoo.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), cifar=str(folder), pair=("resnet8", "resnet8")))
+    zoo.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), dataset="cifar100", path=str(folder), pair=pair))
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tune", [False, True])
+@pytest.mark.parametrize(
+  "content",
+  [
+    "weights: 1\n",
+    "[1, 2]",
+    '{"digits": {"hint": 3.0}}',
+    '{"digits": {"hint": {"weight": "much", "pair": ["a", "b"], "steps": 1}}}',
+    '{"digits": {"hint": {"weight": 1.0, "pair": ["a", "b"]}}}',
+    '{"digits": {"hint": {"weight": NaN, "pair": ["a", "b"], "steps": 1}}}',
+  ],
+)
+def test_a_foreign_file_of_weights_is_refused_before_anything_is_trained(tmp_path, content, tune):
+  file = tmp_path / "weights.json"
+  file.write_text(content)
+  with pytest.raises(ValueError, match=r"weights: .*weights\.json is not a file that --tune writes \(\w+: "):
+    dataclasses.replace(TINY, weights=str(file), tune=tune).checked()
+  assert file.read_text() == content
