@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from kdflax.model import Context, lies_below, lookup
-from kdflax.numerics.examples import AxisName, all_max, masked_mean, masked_sum
+from kdflax.numerics.examples import AxisName, all_max, examples_of, masked_mean, masked_sum
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 _STOPPED = ("teacher",)  # by default
@@ -131,8 +131,10 @@ def per_example(
     arguments["axis_name"] = axis_name
   loss = lambda inputs: jnp.asarray(term.loss(**(arguments | inputs)))
   if guard:
-    loss = _guarded(loss, lambda value: jnp.isfinite(masked_mean(value, where, axis_name)), axis_name)
-  return loss({name: arguments[name] for name in read if not is_stopped(term, term.inputs[name])}), where
+    accept = lambda value: jnp.isfinite(masked_mean(value, examples_of(where, value.ndim), axis_name))
+    loss = _guarded(loss, accept, axis_name)
+  values = loss({name: arguments[name] for name in read if not is_stopped(term, term.inputs[name])})
+  return values, examples_of(where, values.ndim)  # which may count the positions of an example
 
 
 def _guarded(

@@ -5,9 +5,9 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses.features import check_maps, map_pair, per_example
-from kdflax.numerics.examples import as_examples, check_same, flatten, mask
-from kdflax.numerics.pooling import adaptive_average_pool
+from kdflax.losses.maps import check_maps, map_pair
+from kdflax.numerics.examples import as_features, check_same, example_means
+from kdflax.numerics.pooling import masked_average_pool
 from kdflax.numerics.safe import in_own_units, l2_normalize
 
 
@@ -25,7 +25,7 @@ def attention_transfer(
     student: `[batch, ..., channels]`, for images `[batch, height, width, channels]`.
     teacher: `[batch, ..., channels]`, as many axes.
     power: exponent of the activations, at least 1, static.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions of maps of one size.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
@@ -39,8 +39,7 @@ def attention_transfer(
   """
   _check_power("power", power)
   student, teacher = map_pair(student, teacher, where)
-  squared = jnp.square(_attention(student, power) - _attention(teacher, power))
-  return mask(squared.mean(axis=-1), where)
+  return example_means(jnp.square(_attention(student, power) - _attention(teacher, power)), where)
 
 
 def factor_transfer(
@@ -65,7 +64,7 @@ def factor_transfer(
     teacher: `[batch, ..., channels]`, as many axes.
     input_power: exponent of the activations, an integer so that a negative one has a power; static.
     output_power: exponent of the difference, at least 1; static.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions of maps of one size.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
@@ -84,7 +83,7 @@ def factor_transfer(
     raise ValueError(f"input_power must be an integer; got {input_power}")
   student, teacher = map_pair(student, teacher, where)
   factor = lambda features: _unit_map((_ready_for(input_power, features) ** int(input_power)).mean(axis=-1))
-  return mask((jnp.abs(factor(student) - factor(teacher)) ** output_power).mean(axis=-1), where)
+  return example_means(jnp.abs(factor(student) - factor(teacher)) ** output_power, where)
 
 
 def class_attention_transfer(
@@ -108,7 +107,7 @@ def class_attention_transfer(
     teacher: `[batch, height, width, classes]`; height and width may differ from the student's.
     size: positions per spatial axis after adaptive average pooling, static. Axes shorter than that repeat entries.
     normalize: divide each class's pooled map by its norm, static.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions of maps of one size.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
@@ -127,14 +126,15 @@ def class_attention_transfer(
     raise ValueError(f"normalize must be True or False, not traced; got {normalize!r}")
   check_maps(student=student, teacher=teacher)
   check_same("classes (the last axis)", student=jnp.shape(student)[-1:], teacher=jnp.shape(teacher)[-1:])
-  student, teacher = as_examples(where, lead=1, student=student, teacher=teacher)
+  student, teacher = as_features(where, student=student, teacher=teacher)
+  spatial = tuple(range(1, student.ndim - 1))
 
   def attention(maps):
-    spatial = tuple(range(1, maps.ndim - 1))
-    pooled = adaptive_average_pool(maps, (size,) * len(spatial))
+    pooled, _ = masked_average_pool(maps, (size,) * len(spatial), where)
     return l2_normalize(pooled, axis=spatial) if normalize else pooled
 
-  return mask(per_example(jnp.mean, jnp.square(attention(student) - attention(teacher))), where)
+  _, windows = masked_average_pool(student[..., :1], (size,) * len(spatial), where)
+  return example_means(jnp.square(attention(student) - attention(teacher)), windows)
 
 
 def _check_power(name: str, power: float) -> None:
@@ -154,5 +154,5 @@ def _ready_for(power: float, features: jax.Array) -> jax.Array:
 
 
 def _unit_map(values: jax.Array) -> jax.Array:
-  """`[batch, ...] -> [batch, positions]`, each map of length 1."""
-  return l2_normalize(flatten(values))
+  """`[batch, ...]`, each map of length 1."""
+  return l2_normalize(values, axis=tuple(range(1, values.ndim)))

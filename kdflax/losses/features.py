@@ -6,8 +6,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kdflax.numerics.examples import as_examples, check_broadcasts, check_same, mask
-from kdflax.numerics.pooling import adaptive_average_pool, pool_to_common_size
+from kdflax.losses.maps import check_maps
+from kdflax.numerics.examples import (
+  as_examples,
+  as_features,
+  check_broadcasts,
+  check_same,
+  example_means,
+  example_sums,
+)
+from kdflax.numerics.pooling import masked_average_pool
 from kdflax.numerics.safe import l2_normalize
 
 
@@ -22,7 +30,7 @@ def hint(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = No
   Args:
     student: `[batch, ...]`.
     teacher: `[batch, ...]`, the same shape.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
@@ -34,7 +42,7 @@ def hint(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = No
   norm of the difference; like the widely used implementations this is the mean over the entries.
   """
   student, teacher = _same_shape(where, student=student, teacher=teacher)
-  return mask(per_example(jnp.mean, jnp.square(student - teacher)), where)
+  return example_means(jnp.square(student - teacher), where)
 
 
 def cosine(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -48,7 +56,7 @@ def cosine(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = 
   Args:
     student: `[batch, ..., width]`.
     teacher: `[batch, ..., width]`, the same shape.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
 
   Returns:
     `[batch]` in float32 or wider, from 0 to 2; 0 for masked examples.
@@ -66,7 +74,7 @@ def cosine(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = 
   student, teacher = l2_normalize(student), l2_normalize(teacher)
   both_have_a_direction = student.any(axis=-1) & teacher.any(axis=-1)
   distance = jnp.where(both_have_a_direction, jnp.square(student - teacher).sum(axis=-1) / 2, 1)
-  return mask(per_example(jnp.mean, distance), where)
+  return example_means(distance, where)
 
 
 def hierarchical_context(
@@ -83,7 +91,7 @@ def hierarchical_context(
     student: `[batch, height, width, channels]`; one or three spatial axes work too, the first counts as the height.
     teacher: the same shape.
     levels: sizes of the pools, from fine to coarse, static; one that is not below the height is skipped.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
@@ -98,15 +106,15 @@ def hierarchical_context(
   check_maps(student=student, teacher=teacher)
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   difference = student - teacher  # pooling is linear, so one pool of the difference does for both
-  total, weights, weight = per_example(jnp.mean, jnp.square(difference)), 1.0, 1.0
+  total, weights, weight = example_means(jnp.square(difference), where), 1.0, 1.0
   if not isinstance(levels, Sequence) or not all(isinstance(level, int) and level > 0 for level in levels):
     raise ValueError(f"levels must be positive whole numbers such as (4, 2, 1); got {levels!r}")
   for level in levels:
     if level < difference.shape[1]:
-      pooled = adaptive_average_pool(difference, (level,) * (difference.ndim - 2))
+      pooled, counted = masked_average_pool(difference, (level,) * (difference.ndim - 2), where)
       weight /= 2
-      total, weights = total + weight * per_example(jnp.mean, jnp.square(pooled)), weights + weight
-  return mask(total / weights, where)
+      total, weights = total + weight * example_means(jnp.square(pooled), counted), weights + weight
+  return total / weights
 
 
 def vid(
@@ -126,7 +134,7 @@ def vid(
     variance: positive, in squared units of the teacher's feature, may be traced and learned: anything that broadcasts
       to the teacher's shape, such as `[channels]`. Make it by `softplus` plus a small floor, not by `log(1 + exp)`,
       which overflows.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
@@ -140,9 +148,9 @@ def vid(
   predicted_mean, teacher = _same_shape(where, predicted_mean=predicted_mean, teacher=teacher)
   spread = _like(teacher, variance=variance)
   if where is not None and spread.ndim == teacher.ndim:  # one for each example: 1 where masked, whose logarithm is 0
-    spread = jnp.where(jnp.expand_dims(where, tuple(range(1, teacher.ndim))), spread, 1)
+    spread = jnp.where(jnp.expand_dims(where, tuple(range(jnp.ndim(where), teacher.ndim))), spread, 1)
   likelihood = jnp.square(predicted_mean - teacher) / spread + jnp.log(spread)
-  return mask(per_example(jnp.mean, likelihood) / 2, where)
+  return example_means(likelihood, where) / 2
 
 
 def activation_boundary(
@@ -159,7 +167,7 @@ def activation_boundary(
     student: `[batch, ...]`, pre-activations, through a connector where widths differ.
     teacher: `[batch, ...]`, the same shape; only its signs matter, so it gets no gradient.
     margin: how far beyond zero a unit must be, in units of the student's feature, may be traced; broadcasts to it.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
 
   Returns:
     `[batch]` in float32 or wider, a sum over the units; 0 for masked examples.
@@ -173,7 +181,7 @@ def activation_boundary(
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   margin = _like(teacher, margin=margin)
   shortfall = jnp.maximum(margin - jnp.where(teacher > 0, student, jnp.where(teacher <= 0, -student, teacher)), 0)
-  return mask(per_example(jnp.sum, jnp.square(shortfall)), where)
+  return example_sums(jnp.square(shortfall), where)
 
 
 def ofd(
@@ -191,7 +199,7 @@ def ofd(
     teacher: `[batch, ..., channels]`, before the ReLU, the same shape.
     margin: `[channels]`, negative, in units of the feature: `ofd_margin` of the teacher's batch normalisation. May be
       traced.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
 
   Returns:
     `[batch]` in float32 or wider, a sum over the units; 0 for masked examples.
@@ -206,7 +214,7 @@ def ofd(
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   target = jnp.maximum(teacher, _like(teacher, margin=margin))
   hidden = (teacher <= 0) & (student <= target)
-  return mask(per_example(jnp.sum, jnp.where(hidden, 0, jnp.square(student - target))), where)
+  return example_sums(jnp.where(hidden, 0, jnp.square(student - target)), where)
 
 
 def ofd_margin(bn_scale: jax.Array, bn_bias: jax.Array) -> jax.Array:
@@ -244,29 +252,9 @@ def ofd_margin(bn_scale: jax.Array, bn_bias: jax.Array) -> jax.Array:
   return jnp.where(positive, margin, jnp.minimum(bias, 0))
 
 
-def map_pair(student: jax.Array, teacher: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-  """Two maps with the same number of positions: the larger pooled to the smaller."""
-  check_maps(student=student, teacher=teacher)
-  student, teacher = as_examples(where, lead=1, student=student, teacher=teacher)
-  return pool_to_common_size(student, teacher)
-
-
-def check_maps(**maps: jax.Array) -> None:
-  """Raises a ValueError unless all are maps with the same number of axes."""
-  shapes = {name: jnp.shape(features) for name, features in maps.items()}
-  if min(map(len, shapes.values())) < 3 or len(set(map(len, shapes.values()))) > 1:
-    shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    raise ValueError(f"{' and '.join(shapes)} must all be maps [batch, ..., channels]; got {shown}")
-
-
-def per_example(reduce, values: jax.Array) -> jax.Array:
-  """Reduces every axis but the first."""
-  return reduce(values, axis=tuple(range(1, values.ndim)))
-
-
 def _same_shape(where: jax.Array | None, **features: jax.Array) -> list[jax.Array]:
   check_same("shape (or a connector between them)", **{name: jnp.shape(array) for name, array in features.items()})
-  return as_examples(where, lead=1, **features)
+  return as_features(where, **features)
 
 
 def _like(teacher: jax.Array, **parameters: jax.Array | float) -> jax.Array:

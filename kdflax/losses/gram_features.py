@@ -7,8 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses.features import check_maps, map_pair
-from kdflax.numerics.examples import as_examples, check_same, mask
+from kdflax.losses.maps import check_channels, check_maps, in_a_row, map_pair
+from kdflax.numerics.examples import as_features, examples_of, mask, positions_counted
 from kdflax.numerics.pooling import pool_to_common_size
 from kdflax.numerics.products import gram_difference
 from kdflax.numerics.safe import after, l2_normalize, safe_divide
@@ -37,7 +37,7 @@ def fsp(
     student_last: `[batch, ..., last channels]`, as many axes.
     teacher_first: `[batch, ..., first channels]`.
     teacher_last: `[batch, ..., last channels]`.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions of maps of one size.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
@@ -53,16 +53,19 @@ def fsp(
   student, teacher = _layer_pairs(where, student_first, student_last, teacher_first, teacher_last)
 
   (student_first, student_last), (teacher_first, teacher_last) = (
-    [_positions(features) for features in pool_to_common_size(*layers)] for layers in (student, teacher)
+    [in_a_row(features) for features in pool_to_common_size(*layers)] for layers in (student, teacher)
   )
 
+  def flow(block, last):
+    counted = positions_counted(where, last.shape[1], last.dtype)
+    return _product("bnc,bnd->bcd", block, last) / counted.reshape(-1, 1, 1)
+
   def distance(student_block, teacher_block):
-    flow = lambda block, last: _product("bnc,bnd->bcd", block, last) / last.shape[1]
     return jnp.square(flow(student_block, student_last) - flow(teacher_block, teacher_last)).sum(axis=(1, 2))
 
   channels = student_last.shape[-1]
   total = _sum_over_channels(distance, (student_first, teacher_first), _size(*student, *teacher) // (2 * channels))
-  return mask(total / (student_first.shape[-1] * channels), where)
+  return mask(total / (student_first.shape[-1] * channels), examples_of(where))
 
 
 def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -80,7 +83,7 @@ def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = Non
   Args:
     student: `[batch, ..., channels]`, for images `[batch, height, width, channels]`.
     teacher: `[batch, ..., channels]`, as many axes.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions of maps of one size.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
@@ -91,14 +94,14 @@ def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = Non
   Reference: Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017, arXiv
   1707.01219. Common implementations hold an array of batch x channels x channels x positions.
   """
-  student, teacher = (l2_normalize(_positions(f), axis=1) for f in map_pair(student, teacher, where))
+  student, teacher = (l2_normalize(in_a_row(f), axis=1) for f in map_pair(student, teacher, where))
   (_, positions, s), (_, _, t) = student.shape, teacher.shape
   if positions * (s + t) <= s * s + t * t + s * t:
     # The mean of (a . b)^2 is the inner product of the mean outer products, so the three terms are one square. Channels
     # of zero, which add nothing to an outer product, make the widths equal.
     share = lambda unit, width: jnp.pad(unit / math.sqrt(width), ((0, 0), (0, 0), (0, max(s, t) - width)))
     outer_difference = jax.vmap(gram_difference)(share(student, s), share(teacher, t))
-    return mask(jnp.square(outer_difference).sum(axis=(1, 2)), where)
+    return mask(jnp.square(outer_difference).sum(axis=(1, 2)), examples_of(where))
   between = lambda a, b: _product("bnc,bnd->bcd", a, b)
   if s == t:
     # The same square by channels, from AA' - BB' = (P'D + D'P) / 2 with P = A + B and D = A - B: with the three terms
@@ -106,9 +109,9 @@ def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = Non
     total, difference = student + teacher, student - teacher
     mixed = between(total, difference)
     squares = between(total, total) * between(difference, difference) + mixed * jnp.swapaxes(mixed, 1, 2)
-    return mask(squares.mean(axis=(1, 2)) / 2, where)
+    return mask(squares.mean(axis=(1, 2)) / 2, examples_of(where))
   kernel = lambda a, b: jnp.square(between(a, b)).mean(axis=(1, 2))
-  return mask(kernel(student, student) + kernel(teacher, teacher) - 2 * kernel(student, teacher), where)
+  return mask(kernel(student, student) + kernel(teacher, teacher) - 2 * kernel(student, teacher), examples_of(where))
 
 
 def inter_channel_correlation(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -122,7 +125,7 @@ def inter_channel_correlation(student: jax.Array, teacher: jax.Array, *, where: 
   Args:
     student: `[batch, ..., channels]`, through a connector where widths differ.
     teacher: `[batch, ..., channels]`, as many axes.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions of maps of one size.
 
   Returns:
     `[batch]` in float32 or wider, 0 for masked examples.
@@ -135,10 +138,10 @@ def inter_channel_correlation(student: jax.Array, teacher: jax.Array, *, where: 
   arXiv 2202.03680. torchdistill divides by the batch once more.
   """
   check_maps(student=student, teacher=teacher)
-  _check_channels(student=student, teacher=teacher)
-  student, teacher = as_examples(where, lead=1, student=student, teacher=teacher)
+  check_channels(student=student, teacher=teacher)
+  student, teacher = as_features(where, student=student, teacher=teacher)
 
-  maps = _positions(student), _positions(teacher)
+  maps = in_a_row(student), in_a_row(teacher)
   channels, allowed = student.shape[-1], min(x.size for x in maps) // 4
 
   def of_example(of_maps):
@@ -150,7 +153,7 @@ def inter_channel_correlation(student: jax.Array, teacher: jax.Array, *, where: 
 
   # A few examples at a time and once more in the backward pass: Gram matrices of them all may dwarf the maps.
   at_once = max(1, allowed // channels**2)
-  return mask(jax.lax.map(jax.checkpoint(of_example), maps, batch_size=at_once), where)
+  return mask(jax.lax.map(jax.checkpoint(of_example), maps, batch_size=at_once), examples_of(where))
 
 
 def kdsvd(
@@ -185,7 +188,7 @@ def kdsvd(
     teacher_first: `[batch, ..., first channels]`.
     teacher_last: `[batch, ..., last channels]`.
     k: number of singular vectors, static; at most the positions and the channels of each teacher map.
-    where: bool `[batch]`, which examples count.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions of maps of one size.
 
   Returns:
     `[batch]` in float32 or wider, a sum over channel pairs; 0 for masked examples.
@@ -199,7 +202,7 @@ def kdsvd(
   mdistiller decomposes over the width instead of the channels.
   """
   student, teacher = _layer_pairs(where, student_first, student_last, teacher_first, teacher_last)
-  smallest = min(min(_positions(features).shape[1:]) for features in teacher)
+  smallest = min(min(in_a_row(features).shape[1:]) for features in teacher)
   if not isinstance(k, int) or not 1 <= k <= smallest:
     raise ValueError(f"k must be an int from 1 to {smallest}, the rank of the teacher's maps; got {k!r}")
   first = _paired_vectors(student[0], teacher[0], k)
@@ -212,7 +215,8 @@ def kdsvd(
     return jnp.square(kernel(student_block, student_first) - kernel(teacher_block, teacher_first)).sum(axis=(1, 2, 3))
 
   last = tuple(vectors.mT for vectors in last)
-  return mask(_sum_over_channels(distance, last, _size(*student, *teacher) // (2 * _size(student_first))), where)
+  total = _sum_over_channels(distance, last, _size(*student, *teacher) // (2 * _size(student_first)))
+  return mask(total, examples_of(where))
 
 
 def _paired_vectors(
@@ -230,7 +234,7 @@ def _paired_vectors(
 
 def _right_singular(features: jax.Array, count: int, done: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The largest singular values `[batch, count]` and their vectors `[batch, channels, count]`, as far as they exist."""
-  _, values, vectors = _svd(after(_positions(features), done))
+  _, values, vectors = _svd(after(in_a_row(features), done))
   vanish = values <= _rounding(values)
   return values[:, :count], jnp.where(vanish[:, None], 0, vectors)[..., :count]
 
@@ -300,11 +304,6 @@ def _size(*arrays: jax.Array) -> int:
   return sum(math.prod(x.shape[1:]) for x in arrays)
 
 
-def _positions(features: jax.Array) -> jax.Array:
-  """`[batch, ..., channels] -> [batch, positions, channels]`."""
-  return features.reshape(features.shape[0], math.prod(features.shape[1:-1]), features.shape[-1])
-
-
 def _layer_pairs(
   where: jax.Array | None,
   student_first: jax.Array,
@@ -319,12 +318,7 @@ def _layer_pairs(
     "teacher_last": teacher_last,
   }
   check_maps(**maps)
-  _check_channels(student_first=student_first, teacher_first=teacher_first)
-  _check_channels(student_last=student_last, teacher_last=teacher_last)
-  student_first, student_last, teacher_first, teacher_last = as_examples(where, lead=1, **maps)
+  check_channels(student_first=student_first, teacher_first=teacher_first)
+  check_channels(student_last=student_last, teacher_last=teacher_last)
+  student_first, student_last, teacher_first, teacher_last = as_features(where, **maps)
   return (student_first, student_last), (teacher_first, teacher_last)
-
-
-def _check_channels(**maps: jax.Array) -> None:
-  channels = {name: jnp.shape(features)[-1:] for name, features in maps.items()}
-  check_same("channels, the last axis (or a connector between them)", **channels)

@@ -44,6 +44,57 @@ def as_examples(where: jax.Array | None, *, lead: int | None = None, **arrays: j
   return [mask(array.astype(dtype), where) for array in converted.values()]
 
 
+def as_features(where: jax.Array | None, **features: jax.Array) -> list[jax.Array]:
+  """As `as_examples` for features `[batch, ..., width]`, of which each example gets one value.
+
+  Their `where` is `[batch]`, or counts the positions between: `[batch, length]` of tokens, `[batch, height, width]` of
+  a map. A masked position is zeros afterwards; `example_means`, `example_sums` and `positions_counted` keep it out of
+  what zeros would change.
+
+  Raises:
+    ValueError: as `as_examples`, or if `where` is over positions that the features do not share.
+  """
+  if not _is_over_positions(where):
+    return as_examples(where, lead=1, **features)
+  shapes = {name: jnp.shape(array)[:-1] for name, array in features.items()}
+  check_same("positions, since `where` counts them (or one `where` for each example)", **shapes)
+  return as_examples(where, **features)
+
+
+def _is_over_positions(where: jax.Array | None) -> bool:
+  return getattr(where, "ndim", 1) > 1
+
+
+def examples_of(where: jax.Array | None, ndim: int = 1) -> jax.Array | None:
+  """Which examples count: those with a position that does; `where` with no more axes than `ndim`."""
+  if where is None or jnp.ndim(where) <= ndim:
+    return where
+  return jnp.asarray(where).any(axis=tuple(range(ndim, jnp.ndim(where))))
+
+
+def positions_counted(where: jax.Array | None, size: int, dtype: jnp.dtype) -> jax.Array:
+  """How many of `size` positions count, at least 1: `[batch]`, or a number where that is all of them in each."""
+  if not _is_over_positions(where):
+    return jnp.asarray(size, dtype)
+  return jnp.maximum(flatten(jnp.asarray(where)).sum(axis=1), 1).astype(dtype)
+
+
+def example_means(values: jax.Array, where: jax.Array | None) -> jax.Array:
+  """`[batch, ...] -> [batch]`: the mean of each example over all that counts, 0 where nothing does."""
+  if not _is_over_positions(where):
+    return mask(values.mean(axis=tuple(range(1, values.ndim))), where)
+  of_position = math.prod(values.shape[jnp.ndim(where) :])
+  positions = math.prod(values.shape[1 : jnp.ndim(where)])
+  return example_sums(values, where) / (of_position * positions_counted(where, positions, values.dtype))
+
+
+def example_sums(values: jax.Array, where: jax.Array | None) -> jax.Array:
+  """`[batch, ...] -> [batch]`: the sum of each example over all that counts."""
+  if _is_over_positions(where):
+    values, where = mask(values, where), None
+  return mask(values.sum(axis=tuple(range(1, values.ndim))), where)
+
+
 def hyper_parameters(
   examples: tuple[int, ...], where: jax.Array | None, dtype: jnp.dtype, **hyper: float | jax.Array
 ) -> list[jax.Array]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from kdflax.numerics.safe import safe_divide
+
 
 def adaptive_average_pool(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
   """Averages axes 1, 2, ... of a channels-last map to the given sizes.
@@ -20,6 +22,26 @@ def adaptive_average_pool(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
       pooled = jnp.tensordot(x, _pooling_matrix(n, m).astype(x.dtype), axes=(axis, 1), precision="highest")
       x = jnp.moveaxis(pooled, -1, axis)
   return x
+
+
+def masked_average_pool(
+  x: jax.Array, sizes: tuple[int, ...], where: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """Averages the positions of a window that count, and says which windows have any.
+
+  Args:
+    x: `[batch, ..., channels]`, zeros where masked.
+    sizes: as of `adaptive_average_pool`.
+    where: None or bool `[batch]`, which is handed back, or bool over the positions `[batch, ...]`.
+
+  Returns:
+    The pooled map, 0 for a window without a position that counts, and `where` over the windows.
+  """
+  pooled = adaptive_average_pool(x, sizes)
+  if where is None or jnp.ndim(where) == 1:
+    return pooled, where
+  share = adaptive_average_pool(jnp.asarray(where, x.dtype)[..., None], sizes)
+  return safe_divide(pooled, share), share[..., 0] > 0
 
 
 def _pooling_matrix(n: int, m: int) -> jax.Array:

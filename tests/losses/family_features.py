@@ -143,14 +143,15 @@ def signed_pairs_of(*shape):
 FLOWS = layers_of((4, 3, 3), (2, 3, 4), (5, 2, 3), (2, 2, 4))
 
 
-def subspaces(rng, batch):
+def subspaces(rng, batch, *shapes):
   """Layers whose last channels come in pairs of opposite sign.
 
   The sign of a singular vector is the decomposition's choice, and another one in another precision: with such channels
   it changes no sum over them.
   """
   opposite = lambda features: np.concatenate([features, -features], -1)
-  s_first, s_last, t_first, t_last = layers_of((2, 3, 4), (1, 3, 3), (3, 3, 4), (3, 1, 3))(rng, batch)
+  shapes = shapes or ((2, 3, 4), (1, 3, 3), (3, 3, 4), (3, 1, 3))
+  s_first, s_last, t_first, t_last = layers_of(*shapes)(rng, batch)
   return s_first, opposite(s_last), t_first, opposite(t_last)
 
 
