@@ -170,7 +170,7 @@ def train_teacher(session: phases.Session, splits: Any) -> Trained:
   config, arrays = session.config, splits["train"]
   network = {"teacher": perceptron(config, config.teacher_hidden, dropout=0.2)}
   # A Term stops the gradient of a model called teacher, unless it is told that this one is to learn.
-  terms = {"hard": Term(cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"}, stop_gradient=())}
+  terms = {"hard": Term(cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"})}
   if config.pipeline == "grain":
     feed = phases.Feed(data.grain_batches(arrays, config.batch_size, seed=0, augment=config.augmentation()))
   else:

@@ -189,7 +189,7 @@ def make_bench(session: phases.Session, splits: Any, pair: Pair) -> Bench:
   student, teacher = networks(config)
   sample = functools.partial(draw_augmented, size=config.batch_size, shift=recipe.shift, flip=recipe.flip)
   feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
-  terms = {"hard": Term(cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"}, stop_gradient=())}
+  terms = {"hard": Term(cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"})}
   learner = training.make_learner({"teacher": teacher}, terms, optimizer(config, config.teacher_steps), sample=sample)
   phase = phases.train(session, "teacher", learner, feed, config.teacher_steps)
   frozen = phases.variables_of(phase.state, "teacher")

@@ -18,7 +18,7 @@ from kdflax.model import Context, lies_below, lookup
 from kdflax.numerics.examples import AxisName, all_max, examples_of, masked_mean, masked_sum
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-_STOPPED = ("teacher",)  # by default
+_TEACHER = "teacher"  # in stop_gradient: what a Term says is its teacher
 _KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -36,19 +36,28 @@ class Term:
       `where`, as kdflax's losses do. Any other loss sees zeros in place of masked examples, in every array from the
       context whose leading axes are those of `where`: whatever stands for a missing label there (NaN, -1) reaches
       neither value nor gradient. Optax's `where` is positional and means classes; it is left alone.
-    weight: number >= 0, scalar array, or `optax.Schedule`.
-    stop_gradient: context paths whose arrays get no gradient through this Term, with all that lies below them. Each
-      must be, or lie above, the path of an input, but for `"teacher"`, which a tuple that adds to the default may keep.
+    weight: number >= 0, scalar array, or `optax.Schedule`. Where it is 0, the Term costs nothing and gives no gradient,
+      even if its value or its derivative is not finite.
+    stop_gradient: what gets no gradient through this Term. `"teacher"`, the default, is what the Term says is its
+      teacher: the arguments that the loss calls so (`teacher`, `teacher_logits`, ...), whichever model they come from;
+      for a loss that has none, Optax's say, what comes from a model of that name beside others. The name of a model
+      alone stops nothing: a network called "teacher" learns from its labels as any other, a student that teaches
+      another is stopped where it does. All else are context paths, with what lies below them; the name of a model
+      covers its params as well. Each must be, or lie above, the path of an input.
+    examples: the arguments whose leading axes count examples, for a loss that takes no `where` itself. By default those
+      from the context that must grow with the batch: the loss is traced with one example more in all others, and an
+      argument that still fits (class weights, as many as there are examples) is left as it is. Params never count.
 
   Raises:
-    ValueError: if the loss has no argument of a given name, one it requires is missing, a weight is negative, or
-      `stop_gradient` stops nothing.
+    ValueError: if the loss has no argument of a given name, one it requires is missing, a weight is negative,
+      `stop_gradient` stops nothing, or `examples` names no input.
   """
 
   loss: Callable[..., Any]
   inputs: Mapping[str, Any]
   weight: float | jax.Array | optax.Schedule = 1.0
-  stop_gradient: tuple[str, ...] = _STOPPED
+  stop_gradient: tuple[str, ...] = (_TEACHER,)
+  examples: tuple[str, ...] | None = None
 
   def __post_init__(self):
     name, parameters = _name(self.loss), _parameters(self.loss)
@@ -64,10 +73,12 @@ class Term:
     if isinstance(self.stop_gradient, str):
       raise ValueError(f"stop_gradient must be a tuple of context paths; write ({self.stop_gradient!r},)")
     paths = [source for source in self.inputs.values() if isinstance(source, str)]
-    named = [stopped for stopped in self.stop_gradient if stopped not in _STOPPED]
-    idle = [stopped for stopped in named if not any(lies_below(path, stopped) for path in paths)]
+    named = [stopped for stopped in self.stop_gradient if stopped != _TEACHER]
+    idle = [stopped for stopped in named if not any(_is_of(path, stopped) for path in paths)]
     if idle:
       raise ValueError(f"stop_gradient of {name} names {idle}, where none of its inputs lies: {paths}")
+    if self.examples is not None and not set(self.examples) <= set(self.inputs) - {"where"}:
+      raise ValueError(f"examples of {name} must be among its inputs {sorted(self.inputs)}; got {self.examples}")
 
 
 def evaluate(
@@ -106,8 +117,8 @@ def evaluate(
     except (ValueError, TypeError, AssertionError) as error:
       error.add_note(f"in term {name!r}")
       raise
-    weight = term.weight(step) if callable(term.weight) else term.weight
-    values[name] = weight * masked_mean(value, where, axis_name)
+    mean = masked_mean(value, where, axis_name)
+    values[name] = _weighted(_weight(term, step), mean)
     metrics[name] = jax.lax.stop_gradient(masked_sum(value, where, axis_name))
   return values, metrics
 
@@ -116,25 +127,45 @@ def per_example(
   term: Term, context: Context, step: jax.Array | int = 0, axis_name: AxisName = None, *, guard: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
   """Returns what the loss of a Term returns, and its `where`; with `guard` as in `evaluate`."""
-  arguments = {argument: _value(source, term, context, step) for argument, source in term.inputs.items()}
+  arguments = {argument: _value(source, context, step) for argument, source in term.inputs.items()}
   where = arguments.pop("where", None)
-  read = [argument for argument in arguments if isinstance(term.inputs[argument], str)]
-  function = term.loss
-  while isinstance(function, functools.partial):  # which turns positional arguments into keyword-only ones
-    function = function.func
-  parameters = _parameters(function)
+  parameters = _parameters(_innermost(term.loss))
   if "where" in parameters and parameters["where"].kind is _KEYWORD_ONLY:
     arguments |= {} if where is None else {"where": where}
   elif where is not None:  # masking the result is not enough: 0 times the derivative at a NaN is NaN
-    arguments |= {name: jax.tree.map(lambda array: _masked(array, where), arguments[name]) for name in read}
+    counting = _counting(term, arguments, where)
+    arguments |= {name: jax.tree.map(lambda array: _masked(array, where), arguments[name]) for name in counting}
   if axis_name is not None and "axis_name" in parameters:
     arguments["axis_name"] = axis_name
+  stopped = stopped_arguments(term)
+  flowing = [name for name in arguments if isinstance(term.inputs.get(name), str) and name not in stopped]
+  arguments |= {name: jax.lax.stop_gradient(arguments[name]) for name in stopped}
   loss = lambda inputs: jnp.asarray(term.loss(**(arguments | inputs)))
   if guard:
     accept = lambda value: jnp.isfinite(masked_mean(value, examples_of(where, value.ndim), axis_name))
     loss = _guarded(loss, accept, axis_name)
-  values = loss({name: arguments[name] for name in read if not is_stopped(term, term.inputs[name])})
+  weight = _weight(term, step)
+  values = loss({name: _gated(weight, arguments[name]) for name in flowing})
   return values, examples_of(where, values.ndim)  # which may count the positions of an example
+
+
+def _weight(term: Term, step: jax.Array | int) -> Any:
+  return term.weight(step) if callable(term.weight) else term.weight
+
+
+def _weighted(weight: Any, mean: jax.Array) -> jax.Array:
+  """The product, but 0 where the weight is, whatever the mean."""
+  if isinstance(weight, int | float):
+    return weight * mean if weight else jnp.zeros_like(mean)
+  return jnp.where(weight == 0, 0, weight * mean)
+
+
+def _gated(weight: Any, arrays: Any) -> Any:
+  """Arrays as they are, without a gradient where the weight is 0: 0 times a derivative that is not finite is NaN."""
+  if isinstance(weight, int | float):
+    return arrays
+  gate = lambda array: jnp.where(weight == 0, jax.lax.stop_gradient(array), array)
+  return jax.tree.map(lambda array: gate(array) if jnp.issubdtype(array.dtype, jnp.inexact) else array, arrays)
 
 
 def _guarded(
@@ -157,13 +188,50 @@ def _guarded(
   return guarded
 
 
-def _value(source: Any, term: Term, context: Context, step: jax.Array | int) -> Any:
+def _value(source: Any, context: Context, step: jax.Array | int) -> Any:
   if callable(source):
     return source(step)
-  if not isinstance(source, str):
-    return source
-  value = lookup(context, source)
-  return jax.lax.stop_gradient(value) if is_stopped(term, source) else value
+  return lookup(context, source) if isinstance(source, str) else source
+
+
+def _counting(term: Term, arguments: Mapping[str, Any], where: jax.Array) -> list[str]:
+  """The arguments whose leading axes count examples, as those of `where` do."""
+  leads = lambda array: jnp.shape(array)[: jnp.ndim(where)] == jnp.shape(where)
+  if term.examples is not None:
+    for name in term.examples:
+      if not all(map(leads, jax.tree.leaves(arguments[name]))):
+        shapes = jax.tree.map(jnp.shape, arguments[name])
+        raise ValueError(f"{name} counts examples, so it must lead with the shape of where {where.shape}; got {shapes}")
+    return list(term.examples)
+  sources = {name: source for name, source in term.inputs.items() if name in arguments and isinstance(source, str)}
+  read = [name for name, source in sources.items() if not lies_below(source, "params")]
+  candidates = [name for name in read if any(map(leads, jax.tree.leaves(arguments[name])))]
+  if len(candidates) < 2 or where.shape[0] < 2:  # one alone, or one example, which broadcasts to any number
+    return candidates
+  return [name for name in candidates if _must_grow(name, candidates, term, arguments, where.shape)]
+
+
+def _must_grow(
+  name: str, candidates: list[str], term: Term, arguments: Mapping[str, Any], examples: tuple[int, ...]
+) -> bool:
+  """Whether the loss cannot give one value more unless this argument, too, has one example more."""
+  longer = (examples[0] + 1, *examples[1:])
+
+  def grown(array: Any) -> jax.ShapeDtypeStruct:
+    shape = jnp.shape(array)
+    shape = (*longer, *shape[len(longer) :]) if shape[: len(longer)] == examples else shape
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(array))
+
+  shapes = {other: arguments[other] if other == name else jax.tree.map(grown, arguments[other]) for other in candidates}
+  try:
+    program = jax.make_jaxpr(lambda arrays: jnp.asarray(term.loss(**(dict(arguments) | arrays))))(shapes).jaxpr
+  except Exception:  # of whatever kind: it does not fit
+    return True
+  first = len(jax.tree.leaves([shapes[other] for other in sorted(candidates) if other < name]))
+  own = program.invars[first : first + len(jax.tree.leaves(shapes[name]))]
+  used = {id(variable) for equation in program.eqns for variable in equation.invars}
+  given = program.outvars[0].aval.shape
+  return not given or given != longer[: len(given)] or not any(id(variable) in used for variable in own)
 
 
 def _masked(array: Any, where: jax.Array) -> Any:
@@ -174,14 +242,33 @@ def _masked(array: Any, where: jax.Array) -> Any:
   return jnp.where(jnp.expand_dims(where, range(jnp.ndim(where), array.ndim)), array, jnp.zeros_like(array))
 
 
-def is_stopped(term: Term, path: str) -> bool:
-  """Whether a Term gives no gradient to what lies at a path."""
-  return any(lies_below(path, stopped) for stopped in term.stop_gradient)
+def stopped_arguments(term: Term) -> frozenset[str]:
+  """The arguments of a Term that get no gradient through it."""
+  paths = {argument: source for argument, source in term.inputs.items() if isinstance(source, str)}
+  stopped = {a for a, path in paths.items() for stop in term.stop_gradient if stop != _TEACHER and _is_of(path, stop)}
+  if _TEACHER in term.stop_gradient:
+    called = {argument for argument in paths if argument == _TEACHER or argument.startswith(_TEACHER + "_")}
+    from_teacher = {argument for argument, path in paths.items() if _is_of(path, _TEACHER)}
+    of_models = {argument for argument, path in paths.items() if path.split(".")[0] not in ("batch", "step")}
+    stopped |= called or (from_teacher if from_teacher < of_models else set())
+  return frozenset(stopped)
+
+
+def _is_of(path: str, stopped: str) -> bool:
+  """Whether a path lies at or below another, or at the params of the model that the other names."""
+  return lies_below(path, stopped) or ("." not in stopped and lies_below(path, f"params.{stopped}"))
 
 
 def is_watched(term: Term) -> bool:
   """Whether a Term is only watched: its weight is the number 0."""
   return isinstance(term.weight, int | float) and term.weight == 0
+
+
+def _innermost(loss: Callable) -> Callable:
+  """The function below any partial, which turns positional arguments into keyword-only ones."""
+  while isinstance(loss, functools.partial):
+    loss = loss.func
+  return loss
 
 
 def _parameters(loss: Callable) -> Mapping[str, inspect.Parameter]:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kdflax import losses
-from kdflax.objectives import Term, evaluate, lookup
+from kdflax.objectives import Term, evaluate, lookup, stopped_arguments
 from kdflax.training import make_mesh
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -58,6 +58,7 @@ def _kl(context, temperature):
     ),
     ({"inputs": SOFT, "stop_gradient": ("teacher", "teach")}, r"names \['teach'\]"),
     ({"inputs": SOFT, "stop_gradient": ("teacher.logits.left",)}, r"names \['teacher.logits.left'\]"),
+    ({"inputs": SOFT, "examples": ("logits",)}, r"examples of kl_soft_targets must be among its inputs .*'logits'"),
   ],
 )
 def test_a_mistaken_term_fails_when_it_is_written(arguments, message):
@@ -129,6 +130,24 @@ def test_a_stopped_path_covers_what_lies_below_it_and_no_longer_name():
     {"t": _hint("student.features.stage1", ("student.feat",), "student.feat")}, _context() | {"student": shorter}
   )
   assert np.any(flowing["student"]["features"]["stage1"]) and not np.any(flowing["student"]["feat"])
+
+
+@pytest.mark.parametrize(
+  ("loss", "inputs", "stop", "expected"),
+  [
+    (losses.kl_soft_targets, {**SOFT, "teacher_logits": "mean.logits"}, ("teacher",), {"teacher_logits"}),
+    (losses.hint, {"student": "teacher.a", "teacher": "student.a"}, ("teacher",), {"teacher"}),
+    (losses.hint, {"student": "one.early", "teacher": "one.final"}, ("teacher",), {"teacher"}),
+    (cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"}, ("teacher",), set()),
+    (optax.kl_divergence, {"log_predictions": "a.x", "targets": "teacher.x"}, ("teacher",), {"targets"}),
+    (optax.l2_loss, {"predictions": "a.x", "targets": "params.teacher.x"}, ("teacher",), {"targets"}),
+    (optax.l2_loss, {"predictions": "a.x", "targets": "params.mean.x"}, ("mean",), {"targets"}),
+    (optax.l2_loss, {"predictions": "a.x", "targets": "params.a.x"}, ("a.x",), {"predictions"}),
+    (losses.kl_soft_targets, SOFT, (), set()),
+  ],
+)
+def test_a_term_says_who_its_teacher_is_and_no_name_does(loss, inputs, stop, expected):
+  assert stopped_arguments(Term(loss, inputs, stop_gradient=stop)) == expected
 
 
 def _hint(path, stop_gradient, teacher=None):
@@ -233,6 +252,84 @@ def test_only_what_counts_examples_is_masked():
   np.testing.assert_array_equal(seen["nested"]["a"], where)
   assert seen["flags"].dtype == bool and not seen["flags"].any()
   assert np.all(seen["classes"] == 1) and np.all(seen["table"] == 1)
+
+
+def _weighted_cross_entropy(logits, labels, class_weights):
+  return class_weights[labels] * cross_entropy(logits, labels)
+
+
+CLASS_WEIGHTS = {**HARD, "class_weights": "batch.class_weights", "where": "batch.where"}
+
+
+def _as_many_classes_as_examples():
+  random = np.random.default_rng(0)
+  batch = {"label": np.arange(8)[::-1].copy(), "class_weights": np.arange(1.0, 9.0, dtype=np.float32)}
+  return {
+    "student": {"logits": random.normal(size=(8, 8)).astype(np.float32)},
+    "batch": batch | {"where": np.arange(8) % 3 != 1},
+  }
+
+
+@pytest.mark.parametrize("examples", [None, ("logits", "labels")], ids=["found", "named"])
+def test_class_weights_as_many_as_examples_are_not_masked(examples):
+  context = _as_many_classes_as_examples()
+  batch, where = context["batch"], context["batch"]["where"]
+  expected = (batch["class_weights"][batch["label"]] * _cross_entropy(context))[where].mean()
+  broken = batch | {"label": np.where(where, batch["label"], 99)}
+  terms = {"t": Term(_weighted_cross_entropy, CLASS_WEIGHTS, examples=examples)}
+  for seen in (batch, broken):
+    np.testing.assert_allclose(evaluate(terms, context | {"batch": seen})[0]["t"], expected, rtol=1e-5)
+
+
+def test_weights_of_examples_are_masked():
+  """They must grow with the batch, as what they weigh."""
+  context = _as_many_classes_as_examples()
+  where = context["batch"]["where"]
+  context["batch"]["weights"] = np.where(where, 2, np.nan).astype(np.float32)
+  weighted = lambda logits, labels, weights: weights * cross_entropy(logits, labels)
+  terms = {"t": Term(weighted, {**HARD, "weights": "batch.weights", "where": "batch.where"})}
+  expected = 2 * _cross_entropy(context)[where].mean()
+  np.testing.assert_allclose(evaluate(terms, context)[0]["t"], expected, rtol=1e-5)
+
+
+def test_params_do_not_count_examples():
+  context = _as_many_classes_as_examples()
+  where, values = context["batch"]["where"], np.arange(1.0, 9.0, dtype=np.float32)
+  terms = {"t": Term(lambda x, w: x * w.sum(), {"x": "batch.class_weights", "w": "params.a.w", "where": "batch.where"})}
+  found = evaluate(terms, context | {"params": {"a": {"w": values}}})[0]["t"]
+  np.testing.assert_allclose(found, values.sum() * values[where].mean(), rtol=1e-5)
+
+
+def test_what_is_said_to_count_examples_must():
+  terms = {"t": Term(_weighted_cross_entropy, CLASS_WEIGHTS, examples=("logits", "class_weights"))}
+  context = _as_many_classes_as_examples()
+  context["batch"]["class_weights"] = np.ones(9, np.float32)
+  with pytest.raises(ValueError, match=r"class_weights counts examples.*shape of where \(8,\); got \(9,\)"):
+    evaluate(terms, context)
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize(
+  "weight", [0, 0.0, jnp.zeros(()), lambda step: 0.0 * step], ids=["int", "0", "array", "schedule"]
+)
+def test_a_weight_of_zero_is_zero_whatever_it_multiplies(weight, guard):
+  """Neither 0 times inf nor 0 times the derivative of a root at 0."""
+  context = _context()
+  terms = {
+    "soft": Term(losses.kl_soft_targets, SOFT),
+    "infinite": Term(_infinite, HARD, weight),
+    "root": Term(
+      lambda x: jnp.sqrt(jnp.square(x - jax.lax.stop_gradient(x)).sum(-1)), {"x": SOFT["student_logits"]}, weight
+    ),
+  }
+
+  def total(student, step):
+    return sum(evaluate(terms, {**context, "student": student}, step, guard=guard)[0].values())
+
+  value, gradient = jax.jit(jax.value_and_grad(total))(context["student"], jnp.float32(3))
+  np.testing.assert_allclose(value, _kl(context, 1.0).mean(), rtol=1e-5)
+  expected = _gradients({"soft": terms["soft"]}, context)["student"]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), gradient, expected)
 
 
 @pytest.mark.parametrize(

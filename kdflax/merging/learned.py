@@ -97,8 +97,8 @@ def learned(
       make_learner(
         {"left": network, "right": network, "merged": merged},
         {task: Term(losses.kl_soft_targets,
-                    {"student_logits": f"merged.logits.{task}", "teacher_logits": f"{task}.logits.{task}"},
-                    stop_gradient=(task,)) for task in ("left", "right")},
+                    {"student_logits": f"merged.logits.{task}", "teacher_logits": f"{task}.logits.{task}"})
+         for task in ("left", "right")},
         optax.adam(1e-2),
       )        with frozen={"left": (left, {}), "right": (right, {})}
 

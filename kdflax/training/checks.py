@@ -1,13 +1,12 @@
 """What a learner refuses, and how it says so: settings when they are made, the rest before the first step."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kdflax.model import Model, PyTree, Variables
-from kdflax.objectives import Term, is_stopped, is_watched
+from kdflax.objectives import Term, is_watched, stopped_arguments
 from kdflax.training.forward import RESERVED, models_at, models_read
 from kdflax.training.state import Average, Penalty, TrainState
 
@@ -115,18 +114,18 @@ def check_scalars(penalties: Mapping[str, Penalty], params: dict[str, PyTree]) -
 def check_terms_train(terms: Mapping[str, Term], trained: set[str]) -> None:
   """Refuses a Term that stops the gradient to all it reads of trained models: it would train nothing, silently."""
   for name, term in terms.items():
-    read = [path for path in _paths(term) if models_at(path, trained)]
-    if not is_watched(term) and read and all(is_stopped(term, path) for path in read):
+    read = {argument: path for argument, path in _paths(term).items() if models_at(path, trained)}
+    if not is_watched(term) and read and read.keys() <= stopped_arguments(term):
       raise ValueError(
         f"term {name!r} trains nothing: it stops the gradient to {term.stop_gradient}, which is all it reads of trained"
-        f" models ({read}); give it stop_gradient=()"
+        f" models ({list(read.values())}); give it stop_gradient=()"
       )
 
 
 def check_models_learn(models: Mapping[str, Model], terms: Mapping[str, Term], trained: Sequence[str]) -> None:
   """Refuses a model that no Term sends a gradient to, as a teacher that was forgotten among the frozen ones."""
   weighed = [term for term in terms.values() if not is_watched(term)]
-  paths = [path for term in weighed for path in _paths(term) if not is_stopped(term, path)]
+  paths = [path for term in weighed for a, path in _paths(term).items() if a not in stopped_arguments(term)]
   reached = {name for path in paths for name in models_at(path, models)}
   for name in reversed(list(models)):  # each reads the ones before it
     reached |= set().union(*models_read(models[name], models).values()) if name in reached else set()
@@ -137,5 +136,5 @@ def check_models_learn(models: Mapping[str, Model], terms: Mapping[str, Term], t
     )
 
 
-def _paths(term: Term) -> list[Any]:
-  return [source for source in term.inputs.values() if isinstance(source, str)]
+def _paths(term: Term) -> dict[str, str]:
+  return {argument: source for argument, source in term.inputs.items() if isinstance(source, str)}

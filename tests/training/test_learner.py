@@ -542,10 +542,81 @@ def test_evaluation_names_the_models_that_it_lacks():
 
 
 def test_a_term_that_trains_nothing_is_refused():
-  """A model that happens to be called "teacher" is trained only by terms that do not stop its gradient."""
+  """What it reads of trained models is all stopped, as it says; that a model is called "teacher" says nothing."""
   network = {"teacher": NETWORK["student"]}
   inputs = {"logits": "teacher.logits", "labels": "batch.label"}
-  stopped, trained = ({"hard": Term(cross_entropy, inputs, stop_gradient=s)} for s in (("teacher",), ()))
+  stopped, trained = (
+    {"hard": Term(cross_entropy, inputs, **stop)} for stop in ({"stop_gradient": ("teacher.logits",)}, {})
+  )
   with pytest.raises(ValueError, match=r"term 'hard' trains nothing.*teacher\.logits.*stop_gradient=\(\)"):
     training.make_learner(network, stopped, optax.sgd(RATE)).init(jax.random.key(0), _batch())
   training.make_learner(network, trained, optax.sgd(RATE)).init(jax.random.key(0), _batch())
+
+
+def _head(model):
+  return f"params.{model}.head.kernel"
+
+
+def test_a_term_reads_params_by_path_with_their_gradient():
+  """The student's head is drawn to the teacher's, frozen, an average, or trained beside it."""
+  network = {"student": NETWORK["student"], "teacher": NETWORK["student"]}
+  pull = Term(losses.hint, {"student": _head("student"), "teacher": _head("teacher")}, 3.0)
+  teacher = network["teacher"].init(jax.random.key(7), _batch())
+  options = {
+    "frozen": ({}, {"teacher": teacher}, {}),
+    "average": ({}, {}, {"averages": {"teacher": training.Average("student", 0.5)}}),
+    "trained": ({"teach": dataclasses.replace(HARD, inputs=HARD.inputs | {"logits": "teacher.logits"})}, {}, {}),
+  }
+  for name, (more, frozen, averages) in options.items():
+    moved = {}
+    for pulled in ({}, {"pull": pull}):
+      learner = training.make_learner(network, {"hard": HARD, **more, **pulled}, optax.sgd(RATE), **averages)
+      state = learner.init(jax.random.key(0), _batch(), frozen)
+      if averages:
+        state = state._replace(averages=jax.tree.map(lambda x: x + 0.25, state.averages))
+      after, metrics = jax.jit(learner.step)(state, _batch(), frozen)
+      moved[bool(pulled)] = _directions(state.params, after.params)
+    follows = {"frozen": teacher[0], "average": state.averages.get("teacher")}.get(name) or state.params["teacher"]
+    kernel, goal = state.params["student"]["head"]["kernel"], follows["head"]["kernel"]
+    slope = 3.0 * 2 * (kernel - goal) / kernel.size
+    _assert_close(
+      moved[True]["student"]["head"]["kernel"], moved[False]["student"]["head"]["kernel"] + slope, rtol=1e-4
+    )
+    _assert_close(metrics["pull"][0], np.square(kernel - goal).mean(-1).sum())
+    if name == "trained":
+      _assert_close(moved[True]["teacher"], moved[False]["teacher"])
+
+
+def test_a_model_reads_params_by_path_and_evaluation_finds_them():
+  """A classifier over the student's own head, with the teacher's; no model that only returns its params."""
+  reuse = models.Model(
+    lambda key, inputs: ({}, {}),
+    lambda params, state, inputs, *, train, key: ({"logits": inputs[0] @ inputs[1]}, state),
+    ("student.embedding", _head("student")),
+  )
+  network = {"student": NETWORK["student"], "reuse": reuse}
+  terms = {"hard": dataclasses.replace(HARD, inputs=HARD.inputs | {"logits": "reuse.logits"})}
+  learner = training.make_learner(network, terms, optax.sgd(RATE))
+  state = learner.init(jax.random.key(0), _batch())
+  after, _ = jax.jit(learner.step)(state, _batch())
+  assert np.any(after.params["student"]["head"]["kernel"] != state.params["student"]["head"]["kernel"])
+  variables = {name: (after.params[name], after.model_state[name]) for name in network}
+  said = training.apply_models(network, variables, _batch())
+  head = after.params["student"]["head"]
+  _assert_close(said["reuse"]["logits"] + head["bias"], said["student"]["logits"])
+  frozen = {"reuse": ({}, {})}
+  with pytest.raises(ValueError, match=r"'reuse' is frozen.*'params.student.head.kernel'\] of a trained model"):
+    learner.init(jax.random.key(0), _batch(), frozen)
+
+
+@pytest.mark.parametrize("name", ["batch", "step", "params", "a.b"])
+def test_a_model_has_a_name_that_a_path_can_hold(name):
+  with pytest.raises(ValueError, match=f"'{name}' cannot be the name of a model"):
+    training.make_learner({name: NETWORK["student"]}, {"hard": HARD}, optax.sgd(RATE))
+
+
+def test_the_old_name_makes_the_same_learner():
+  state = training.learner({"student": NETWORK["student"]}, {"hard": HARD}, optax.sgd(RATE)).init(
+    jax.random.key(0), _batch()
+  )
+  assert state.params.keys() == {"student"}
