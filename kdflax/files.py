@@ -25,6 +25,10 @@ _SEPARATOR = "/"
 _DTYPES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}  # names in safetensors and in NumPy
 
 
+class DiskFull(OSError):
+  """There is no room left on the disk; what was written before is whole."""
+
+
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
   """Writes a file so that readers see the old content or the new, never a part."""
   data = content.encode() if isinstance(content, str) else content

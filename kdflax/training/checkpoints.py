@@ -1,25 +1,33 @@
 """Checkpoints: Orbax writes them, this module makes sure that what comes back is what was written.
 
-One checkpoint is one atomic directory `<step>/`: the training state, and beside it, in the same commit, the position of
-the data, whatever else the loop needs to continue, and a SHA-256 digest of every array. Orbax loads a file with flipped
-bits without a word, so digests are verified on restore, and a checkpoint that fails is passed over for the one before.
+One checkpoint is one atomic directory `<step>/`: the training state, and beside it, in the same commit, its step, its
+scores, the position of the data, whatever else the loop needs to continue, and a SHA-256 digest of every array. Orbax
+loads a file with flipped bits without a word, so digests are verified on restore, and a checkpoint that fails is passed
+over for the one before.
 """
 
+import contextlib
+import errno
 import json
 import logging
+import math
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from kdflax.files import digest_of_text, digests
+from kdflax.files import DiskFull, digest_of_text, digests
+from kdflax.model import PyTree
 
-PyTree = Any
+Score = Callable[[dict[str, Any]], float]
 _TEMPORARY = "*.orbax-checkpoint-tmp"
+_ASIDE = ".damaged"
+_FULL = ("No space left on device", "Disk quota exceeded")  # how TensorStore, too, says it, in a ValueError
+_LOG = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
@@ -36,33 +44,45 @@ class Checkpoints:
   Only one process group may write to a directory: lock the run directory (`RunDirectory`) before opening it.
   """
 
-  def __init__(
-    self,
-    directory: str | pathlib.Path,
-    *,
-    keep_latest: int = 2,
-    best: Callable[[dict[str, float]], float] | None = None,
-  ):
+  def __init__(self, directory: str | pathlib.Path, *, keep_latest: int = 2, best: Score | None = None):
     """Opens the directory and removes what interrupted saves left behind.
 
     Args:
       directory: made if it does not exist.
       keep_latest: how many of the newest checkpoints stay.
       best: `metrics -> score`; the checkpoint with the highest score stays as well. The score sees only checkpoints
-        saved with metrics.
+        saved with metrics, as `fit` saves those at which it evaluates. One whose score is NaN is never the best, and
+        never takes its place.
+
+    Raises:
+      ValueError: if `keep_latest` < 1.
     """
+    if keep_latest < 1:
+      raise ValueError(f"keep_latest must be at least 1, or nothing could be resumed; got {keep_latest}")
     self._directory = pathlib.Path(directory).absolute()
-    for leftover in self._directory.glob(_TEMPORARY):
-      shutil.rmtree(leftover)
-    policies = ocp.training.preservation_policies
-    keep: Any = policies.LatestN(keep_latest)
-    if best is not None:
-      score = lambda metrics: -np.inf if metrics is None else best(metrics)
-      keep = policies.AnyPreservationPolicy(
-        [keep, policies.BestN(get_metric_fn=score, n=1, reverse=False, keep_checkpoints_without_metrics=False)]
-      )
-    self._orbax = ocp.training.Checkpointer(str(self._directory), preservation_policy=keep)
+    self._best, self._keep_latest = best, keep_latest
+    self._scores: dict[int, float] = {}
     self._saving: Any = None
+    self._remove_leftovers()
+    self._orbax = self._open()
+    logging.getLogger("absl").addFilter(_is_not_orbax_failing)
+    if best is not None:
+      for step in self.steps():
+        self._read_score(step)
+
+  def _open(self) -> Any:
+    """Opens the directory. One damaged checkpoint would stop Orbax, so such a one gets a name that Orbax ignores."""
+    attempt = lambda: ocp.training.Checkpointer(str(self._directory), preservation_policy=_Keep(self._kept))
+    try:
+      return attempt()
+    except Exception:
+      for step in self._on_disk():
+        try:
+          ocp.checkpointables_metadata(self._directory / str(step))
+        except Exception as error:
+          _LOG.warning("checkpoint %s in %s is damaged: %s", step, self._directory, error)
+          (self._directory / str(step)).rename(self._directory / f"{step}{_ASIDE}")
+      return attempt()
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -70,14 +90,36 @@ class Checkpoints:
   def __exit__(self, *_: Any) -> None:
     try:
       self.wait()
-    finally:
+    except BaseException:
+      with contextlib.suppress(Exception):  # what failed once fails again, in other words
+        self._orbax.close()
+      raise
+    else:
       self._orbax.close()
+    finally:
+      logging.getLogger("absl").removeFilter(_is_not_orbax_failing)
 
   def steps(self) -> list[int]:
     """The steps of the complete checkpoints, oldest first."""
     return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
-  def save(self, step: int, arrays: PyTree, extra: dict[str, Any] | None = None, metrics: Any = None) -> None:
+  def best_step(self) -> int | None:
+    """The step of the checkpoint with the highest score, the later one of equals; None if none has a score.
+
+    Raises:
+      ValueError: if the checkpoints were opened without `best`.
+    """
+    if self._best is None:
+      raise ValueError("these checkpoints have no score; open them with best=lambda metrics: metrics['accuracy'], say")
+    return _highest(self._scores, self.steps())
+
+  def save(
+    self,
+    step: int,
+    arrays: PyTree,
+    extra: dict[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+  ) -> None:
     """Saves in the background; the arrays may be donated as soon as this returns.
 
     Args:
@@ -87,47 +129,74 @@ class Checkpoints:
       metrics: scores for `best`.
 
     Raises:
-      OSError: if the directory cannot be written to, at the latest at the next save or at the end.
+      DiskFull: if there is no room left on the disk.
+      OSError: if the directory cannot be written to. Both at the latest at the next save or at the end.
     """
-    document: dict[str, Any] = {"extra": extra or {}, "shapes": _shapes(arrays), "digests": digests(arrays)}
+    document: dict[str, Any] = {"step": step, "extra": extra or {}, "shapes": _shapes(arrays)}
+    document["digests"] = digests(arrays)
+    if metrics is not None:
+      document["metrics"] = dict(metrics)
+      if self._best is not None:
+        self._scores[step] = float(self._best(dict(metrics)))
     document["digest"] = digest_of_text(json.dumps(document, sort_keys=True))
     self.wait()  # one save at a time: a second one would hold two copies of the state
-    self._saving = self._orbax.save_checkpointables_async(
-      step, {"state": arrays}, force=True, metrics=metrics, custom_metadata=document
-    )
+    try:
+      self._saving = self._orbax.save_checkpointables_async(
+        step, {"state": _without_empty(arrays)}, force=True, custom_metadata=document
+      )
+    except Exception as error:
+      self._fail(error)
 
   def wait(self) -> None:
-    """Waits until what was saved is on disk."""
+    """Waits until what was saved is on disk.
+
+    Raises:
+      DiskFull: as `save`.
+      OSError: as `save`.
+    """
     saving, self._saving = self._saving, None
     if saving is not None:
-      saving.result()  # ends its thread and its event loop as well, which nothing else does
+      try:
+        saving.result()  # ends its thread and its event loop as well, which nothing else does
+      except Exception as error:
+        self._fail(error)
 
-  def restore(self, like: PyTree, step: int | None = None) -> Restored | None:
+  def restore(self, like: PyTree, step: int | str | None = None) -> Restored | None:
     """Loads the newest checkpoint whose every array is as it was saved, and deletes the newer ones that are not.
 
     Args:
       like: pytree of the structure, shapes, dtypes (and shardings, where given) to restore; arrays or
         `jax.ShapeDtypeStruct`.
-      step: a step to load instead of the newest.
+      step: a step to load instead of the newest, or `"best"` for the one that `best_step` names.
 
     Returns:
       The checkpoint, or None if there is none.
 
     Raises:
-      ValueError: if there are checkpoints but none of them is intact and fits.
+      ValueError: if there are checkpoints but none of them is intact and fits, or there is no best one.
     """
-    failures: dict[int, str] = {}
+    if isinstance(step, str):
+      if step != "best":
+        raise ValueError(f'step must be a number, "best", or None for the newest; got {step!r}')
+      step = self.best_step()
+      if step is None:
+        raise ValueError(f"no checkpoint in {self._directory} has a score; save some with metrics")
+    self.wait()
+    failures: dict[Any, str] = {}
     for found in [s for s in reversed(self.steps()) if step is None or s == step]:
       try:
         restored = self._verified(found, like)
       except Exception as error:  # whatever broke, an older checkpoint may be whole
         reason = f"step {found}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        logging.getLogger(__name__).warning("checkpoint in %s passed over, %s", self._directory, reason)
+        _LOG.warning("checkpoint in %s passed over, %s", self._directory, reason)
         failures[found] = reason
         continue
       for broken in failures:  # their steps will be saved again
         self._orbax.delete(broken)
+      for broken in self._directory.glob(f"*{_ASIDE}"):
+        shutil.rmtree(broken)
       return restored
+    failures |= {path.name: f"{path.name}: its metadata are damaged" for path in self._directory.glob(f"*{_ASIDE}")}
     if failures:
       raise ValueError(
         f"no checkpoint in {self._directory} is intact and fits the model; delete the directory to start again, or"
@@ -135,22 +204,102 @@ class Checkpoints:
       )
     return None
 
-  def _verified(self, step: int, like: PyTree) -> Restored:
-    metadata: Any = self._orbax.checkpointables_metadata(step).custom_metadata
-    document = dict(metadata or {})
+  def _document(self, step: int) -> dict[str, Any]:
+    """What was saved beside the arrays, verified.
+
+    Raises:
+      Exception: of any kind, as the file may hold anything.
+    """
+    document = dict(self._orbax.checkpointables_metadata(step).custom_metadata or {})
     claimed = document.pop("digest", None)
     if claimed != digest_of_text(json.dumps(document, sort_keys=True)):
       raise ValueError("its metadata are not as they were saved")
+    if document.get("step", step) != step:
+      raise ValueError(f"it was saved as step {document['step']}; give the directory that name again")
+    return document
+
+  def _verified(self, step: int, like: PyTree) -> Restored:
+    document = self._document(step)
     here, wanted = document["shapes"], _shapes(like)
     for path in sorted(here.keys() | wanted.keys()):
       if here.get(path) != wanted.get(path):
         here, wanted = here.get(path, "absent"), wanted.get(path, "absent")
         raise ValueError(f"{path} is {here} here and {wanted} in the program")
-    arrays = self._orbax.load_checkpointables(step, {"state": jax.tree.map(_abstract, like)})["state"]
+    abstract = jax.tree.map(_abstract, _without_empty(like))
+    arrays = _with_empty(self._orbax.load_checkpointables(step, {"state": abstract})["state"], like)
     changed = [path for path, digest in digests(arrays).items() if document["digests"].get(path) != digest]
     if changed:
       raise ValueError(f"arrays are not as they were saved: {changed}")
     return Restored(step, arrays, document["extra"])
+
+  def _read_score(self, step: int) -> None:
+    """Scores an earlier checkpoint; a damaged one, or one without what is scored, has no score."""
+    assert self._best is not None
+    try:
+      metrics = self._document(step).get("metrics")
+      if metrics is not None:
+        self._scores[step] = float(self._best(metrics))
+    except Exception as error:
+      _LOG.warning("checkpoint %s in %s has no score: %s %s", step, self._directory, type(error).__name__, error)
+
+  def _kept(self, steps: Sequence[int]) -> set[int]:
+    """The steps that stay: the newest and the best."""
+    best = _highest(self._scores, steps)
+    return {*steps[-self._keep_latest :], *([] if best is None else [best])}
+
+  def _remove_leftovers(self) -> None:
+    for leftover in self._directory.glob(_TEMPORARY):
+      shutil.rmtree(leftover)
+
+  def _fail(self, error: Exception) -> None:
+    """Raises what a save failed with; a full disk as such, with the room that the save took given back."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(s in str(error) for s in _FULL):
+      raise error
+    self._remove_leftovers()
+    raise DiskFull(
+      f"the disk is full: a checkpoint could not be written to {self._directory}; make room and give the same command"
+      f" again, which continues from step {max(self._on_disk(), default=0)}"
+    ) from error
+
+  def _on_disk(self) -> list[int]:
+    return [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
+
+
+class _Keep(ocp.training.preservation_policies.PreservationPolicy):
+  """Lets Orbax delete all checkpoints but those of the steps that a function keeps of all steps."""
+
+  def __init__(self, kept: Callable[[Sequence[int]], set[int]]):
+    self._of = kept
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    """Whether to keep each checkpoint."""
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = self._of(sorted(steps))
+    return [step in kept for step in steps]
+
+
+def _highest(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
+  """The step of the highest score, the later one of equals; NaN is no score."""
+  scored = [step for step in sorted(steps) if not math.isnan(scores.get(step, math.nan))]
+  return max(reversed(scored), key=lambda step: scores[step], default=None)
+
+
+def _is_not_orbax_failing(record: logging.LogRecord) -> bool:
+  """Leaves out the hundreds of lines that Orbax logs of one failure: it is raised, too."""
+  return record.levelno < logging.ERROR or "/orbax/checkpoint/" not in pathlib.Path(record.pathname).as_posix()
+
+
+def _without_empty(tree: PyTree) -> PyTree:
+  """Arrays of no elements are known by their shapes; Orbax cannot write them."""
+  return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
+def _with_empty(tree: PyTree, like: PyTree) -> PyTree:
+  leaves, structure = jax.tree.flatten(like)
+  loaded = iter(jax.tree.leaves(tree))
+  whole = [next(loaded) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+  return jax.tree.unflatten(structure, whole)
 
 
 def _shapes(arrays: PyTree) -> dict[str, str]:

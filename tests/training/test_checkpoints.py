@@ -3,6 +3,10 @@
 import gc
 import json
 import logging
+import pathlib
+import shutil
+import subprocess
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from kdflax.files import DiskFull
 from kdflax.training import Checkpoints, digest
 from kdflax.training.checkpoints import digests
 
@@ -74,6 +79,76 @@ def test_the_newest_stay_and_the_best(tmp_path):
     best.wait()
     assert latest.steps() == [4, 5] and best.steps() == [2, 5]
     assert best.restore({"x": jnp.float32(0)}, step=2).arrays["x"] == 2
+
+
+def test_a_score_that_is_not_a_number_neither_wins_nor_loses_the_best(tmp_path):
+  score = lambda metrics: metrics["accuracy"]
+  with Checkpoints(tmp_path, keep_latest=1, best=score) as checkpoints:
+    assert checkpoints.best_step() is None
+    for step, accuracy in enumerate([np.nan, 0.5, 0.9, np.nan, 0.9, 0.2, np.nan, 0.1], start=1):
+      checkpoints.save(step, {"x": jnp.float32(step)}, metrics={"accuracy": float(accuracy)})
+      checkpoints.wait()
+      assert checkpoints.best_step() == [None, 2, 3, 3, 5, 5, 5, 5][step - 1]
+    assert checkpoints.steps() == [5, 8]
+  with Checkpoints(tmp_path, best=score) as checkpoints:  # scores are read again
+    assert checkpoints.best_step() == 5
+    restored = checkpoints.restore({"x": jnp.float32(0)}, step="best")
+    assert restored.step == 5 and restored.arrays["x"] == 5
+  with Checkpoints(tmp_path, best=lambda metrics: -metrics["accuracy"]) as checkpoints:
+    assert checkpoints.best_step() == 8
+
+
+def test_what_has_no_score_has_no_best(tmp_path, caplog):
+  _save(tmp_path, [1])
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(ValueError, match="have no score; open them with best="):
+      checkpoints.restore(_state(), step="best")
+    with pytest.raises(ValueError, match="step must be a number.*got 'last'"):
+      checkpoints.restore(_state(), step="last")
+    checkpoints.save(2, _state(2), metrics={"loss": 1.0})
+  with Checkpoints(tmp_path, best=lambda metrics: metrics["accuracy"]) as checkpoints:
+    assert "checkpoint 2" in caplog.text and "KeyError" in caplog.text
+    with pytest.raises(ValueError, match=r"no checkpoint in .* has a score"):
+      checkpoints.restore(_state(), step="best")
+  with pytest.raises(ValueError, match="keep_latest must be at least 1"):
+    Checkpoints(tmp_path, keep_latest=0)
+
+
+def test_arrays_without_elements_come_back(tmp_path):
+  state = {"none": jnp.zeros((0, 3), jnp.bfloat16), "some": jnp.ones(2), "list": [jnp.zeros((2, 0)), jnp.arange(3)]}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state)
+    _assert_same(checkpoints.restore(jax.eval_shape(lambda: state)).arrays, state)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "complex64", "bfloat16", "int4", "uint8", "bool"])
+def test_every_dtype_comes_back(tmp_path, dtype):
+  state = {"x": jnp.array([0, 1, 1]).astype(dtype)}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state)
+    _assert_same(checkpoints.restore(state).arrays, state)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 3 MiB; only root can make one."""
+  place = tmp_path / "disk"
+  place.mkdir()
+  if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True).returncode:
+    pytest.skip("only root can mount a small disk")
+  yield place
+  subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_said_in_one_line_and_costs_no_checkpoint(small_disk, capfd):
+  state = lambda step: {"x": jnp.asarray(np.random.default_rng(step).normal(size=300_000), jnp.float32)}
+  with pytest.raises(DiskFull, match=r"the disk is full.*continues from step 2") as caught:
+    with Checkpoints(small_disk / "run") as checkpoints:
+      for step in range(1, 4):
+        checkpoints.save(step, state(step))
+  assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+  with Checkpoints(small_disk / "run", keep_latest=1) as checkpoints:
+    assert checkpoints.restore(state(0)).step == 2
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
@@ -143,6 +218,49 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     checkpoints.wait()
     assert checkpoints.steps() == [1, 2]
     _assert_same(checkpoints.restore(_state()).arrays, _state(2))
+
+
+def test_a_flipped_bit_in_any_file_is_passed_over_or_does_no_harm(tmp_path):
+  """Orbax's own metadata too: it reads them all when it opens a directory."""
+  source = tmp_path / "source"
+  _save(source, [1, 2])
+  passed_over = 0
+  for file in sorted(path for path in (source / "2").rglob("*") if path.is_file()):
+    content = file.read_bytes()
+    positions = [2, len(content) // 2, len(content) - 2]
+    for position in positions if file.name != "_CHECKPOINT_METADATA" else range(1, len(content), 199):
+      directory = pathlib.Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
+      shutil.copytree(source, directory)
+      damaged = bytearray(content)
+      damaged[position] ^= 1
+      (directory / file.relative_to(source)).write_bytes(damaged)
+      with Checkpoints(directory) as checkpoints:
+        restored = checkpoints.restore(_state())
+        _assert_same(restored.arrays, _state(restored.step))
+        if restored.step == 1:
+          passed_over += 1
+          checkpoints.save(2, _state(2))
+          checkpoints.wait()
+          assert checkpoints.steps() == [1, 2] and {p.name for p in directory.iterdir()} == {"1", "2"}
+  assert passed_over > 8
+
+
+def test_metadata_that_stop_orbax_are_set_aside_until_another_checkpoint_is_whole(tmp_path):
+  _save(tmp_path, [1])
+  path = tmp_path / "1" / "_CHECKPOINT_METADATA"
+  path.write_bytes(path.read_bytes().replace(b"item_handlers", b"htem_handlers"))
+  for _ in range(2):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"(?s)no checkpoint.*1\.damaged"):
+      checkpoints.restore(_state())
+  assert [p.name for p in tmp_path.iterdir()] == ["1.damaged"]
+
+
+def test_a_directory_that_was_renamed_to_another_step_is_passed_over(tmp_path, caplog):
+  _save(tmp_path, [1, 2])
+  (tmp_path / "2").rename(tmp_path / "7")
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore(_state()).step == 1
+  assert "it was saved as step 2; give the directory that name again" in caplog.text
 
 
 def test_any_flipped_byte_is_noticed(tmp_path):
