@@ -78,7 +78,7 @@ class Checkpoints:
     except Exception:
       for step in self._on_disk():
         try:
-          ocp.checkpointables_metadata(self._directory / str(step))
+          ocp.checkpointables_metadata(str(self._directory / str(step)))
         except Exception as error:
           _LOG.warning("checkpoint %s in %s is damaged: %s", step, self._directory, error)
           (self._directory / str(step)).rename(self._directory / f"{step}{_ASIDE}")
