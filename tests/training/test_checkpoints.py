@@ -103,7 +103,7 @@ def test_what_has_no_score_has_no_best(tmp_path, caplog):
   with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(ValueError, match="have no score; open them with best="):
       checkpoints.restore(_state(), step="best")
-    with pytest.raises(ValueError, match="step must be a number.*got 'last'"):
+    with pytest.raises(ValueError, match=r"step must be a number.*got 'last'"):
       checkpoints.restore(_state(), step="last")
     checkpoints.save(2, _state(2), metrics={"loss": 1.0})
   with Checkpoints(tmp_path, best=lambda metrics: metrics["accuracy"]) as checkpoints:
@@ -142,10 +142,12 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_said_in_one_line_and_costs_no_checkpoint(small_disk, capfd):
   state = lambda step: {"x": jnp.asarray(np.random.default_rng(step).normal(size=300_000), jnp.float32)}
-  with pytest.raises(DiskFull, match=r"the disk is full.*continues from step 2") as caught:
-    with Checkpoints(small_disk / "run") as checkpoints:
-      for step in range(1, 4):
-        checkpoints.save(step, state(step))
+  with (
+    pytest.raises(DiskFull, match=r"the disk is full.*continues from step 2") as caught,
+    Checkpoints(small_disk / "run") as checkpoints,
+  ):
+    for step in range(1, 4):
+      checkpoints.save(step, state(step))
   assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
   with Checkpoints(small_disk / "run", keep_latest=1) as checkpoints:
     assert checkpoints.restore(state(0)).step == 2

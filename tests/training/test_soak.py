@@ -1,4 +1,4 @@
-"""A run that saves a thousand times has as many descriptors and threads, and hardly more memory, at its end as at its start."""
+"""A run that saves a thousand times ends with the descriptors and threads, and nearly the memory, that it began with."""
 
 import gc
 import pathlib
