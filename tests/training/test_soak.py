@@ -1,4 +1,4 @@
-"""A run that saves a thousand times ends with the descriptors and threads, and nearly the memory, that it began with."""
+"""A run that saves a thousand times ends with the descriptors, the threads and nearly the memory that it began with."""
 
 import gc
 import pathlib
