@@ -1,113 +1,43 @@
 """Writes docs/methods.md: `python -m docs.generate_methods`.
 
-Formulas and papers come from the docstrings, so the page cannot disagree with them. What a docstring does not say, how
-the field calls a method, what it needs from the models and the weight that goes with its scale, is the table below.
+Formulas and papers come from the docstrings, so the page cannot disagree with them; what a docstring does not say comes
+from the catalogue, `kdflax.methods.CATALOGUE`.
 """
 
 import importlib
 import inspect
 import pathlib
 import re
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import textwrap
+from collections.abc import Callable
 
 from kdflax import losses, models
+from kdflax.methods import CATALOGUE, SOURCES, TOOLS, Entry, paper
 
 PAGE = pathlib.Path(__file__).with_name("methods.md")
-NONE = "none recorded"
-
-
-class Facts(NamedTuple):
-  """What the docstring of a loss does not say."""
-
-  method: str
-  needs: str
-  weight: str = NONE
-
-
-FACTS = {
-  # logits
-  "kl_soft_targets": Facts(
-    "KD, soft targets; mutual learning (DML)", "logits", "0.9 at T = 4, cross-entropy 0.1 [r, m]"
-  ),
-  "hard_targets": Facts("Hard distillation (DeiT)", "logits", "0.5, cross-entropy 0.5 [d]"),
-  "dkd": Facts("DKD", "logits, labels", "1 with alpha 1, beta 8, T = 4; warm-up of 20 epochs [m]"),
-  "nkd": Facts("NKD", "logits, labels", "1 on ImageNet with gamma 1.5, T = 1 [n]"),
-  "dist": Facts("DIST", "logits", "1 with beta 1, gamma 1 [h]"),
-  "class_correlation": Facts("MLKD, class level", "logits", "0.9 at each T of 2 to 6, cross-entropy 0.1 [l]"),
-  "batch_correlation": Facts("MLKD, batch level", "logits", "0.9 at each T of 2 to 6, cross-entropy 0.1 [l]"),
-  "standardize_logits": Facts("Logit standardization", "logits", "9 for KD at T = 2 [s]"),
-  # divergences
-  "forward_kl": Facts("Forward KL; GKD at beta 0", "logits", "1, alone, for language models [g]"),
-  "reverse_kl": Facts("Reverse KL (MiniLLM); GKD at beta 1", "logits", "1, alone, for language models [g]"),
-  "total_variation": Facts("Total variation distance (f-distill)", "logits", "1, alone, for language models [f]"),
-  "skew_kl": Facts("Skew KL (DistiLLM)", "logits", "1, alone, for language models [k]"),
-  "reverse_skew_kl": Facts("Skew reverse KL (DistiLLM)", "logits", "1, alone, for language models [k]"),
-  "jensen_shannon": Facts("Generalised JSD (GKD)", "logits", "1, alone, for language models [g]"),
-  # features
-  "hint": Facts("FitNets hint", "feature maps or embedding; connector where widths or sizes differ", "100 [r, m]"),
-  "cosine": Facts(
-    "Cosine feature matching", "feature maps, tokens or embedding; connector where widths or sizes differ"
-  ),
-  "hierarchical_context": Facts("ReviewKD, HCL", "feature maps; fusion of student stages as the connector", "1 [m]"),
-  "vid": Facts("VID", "feature maps; connector for the mean, learned variance", "1 [r, m]"),
-  "activation_boundary": Facts(
-    "AB",
-    "feature maps before the ReLU; connector where widths differ",
-    "3e-3 for the last layer, halved for each before: 1 with the 3 / 1000 of its code [r]",
-  ),
-  "ofd": Facts(
-    "OFD",
-    "feature maps before the ReLU and `ofd_margin` of the teacher's batch normalisation; connector",
-    "1e-3 for the last layer, halved for each before [m]",
-  ),
-  # attention maps
-  "attention_transfer": Facts("AT", "feature maps", "1000 [r, m]"),
-  "factor_transfer": Facts("FT", "feature maps; paraphraser and translator as connectors", "200 [r]"),
-  "class_attention_transfer": Facts(
-    "CAT-KD",
-    "class activation maps: features times the head",
-    "0.7 to 15 within a family of networks, with normalize=False; 15 to 600 between, the larger with size=4 [c]",
-  ),
-  # Gram matrices of features
-  "fsp": Facts("FSP", "feature maps of two layers; connector where widths differ", "50 [r]"),
-  "nst": Facts("NST", "feature maps", "50 [r, m]"),
-  "inter_channel_correlation": Facts("ICKD", "feature maps; connector where widths differ", "2.5 [i]"),
-  "kdsvd": Facts("KDSVD", "feature maps of two layers; connector where widths differ", "1 [r, m]"),
-  # relations
-  "rkd_distance": Facts("RKD-D", "embedding", "25 [r, m]"),
-  "rkd_angle": Facts("RKD-A", "embedding", "50 [r, m]"),
-  "similarity_preserving": Facts("SP", "feature maps or embedding", "3000 [r, m]"),
-  "pkt": Facts("PKT", "embedding", "30000 [r, m]"),
-  "correlation_congruence": Facts("CC, CCKD", "embedding, of unit norm for the Gaussian kernel"),
-  # contrastive
-  "crd": Facts(
-    "CRD",
-    "embeddings of unit norm through a learned projection, indices of the examples, memory",
-    "0.8 with 16384 negatives [r, m]",
-  ),
-  "info_nce": Facts("InfoNCE", "embeddings of one width"),
-  # sequences
-  "top_k_kl": Facts("Top-k KL", "logits, the teacher's k log-probabilities and classes"),
-  "fused_linear": Facts("Fused heads", "hidden states and vocabulary heads"),
-  "unordered_logits": Facts("ULD", "logits, over any two vocabularies"),
-}
-
-# Public, but no method of their own.
-TOOLS = {"crd_memory", "masked_mean", "masked_sum", "ofd_margin", "standardized"}
 
 INTRODUCTION = """\
 # Methods
 
-Every distillation loss of `kdflax.losses`. This page is generated from the docstrings, which say more: edit those, or
-the table in `docs/generate_methods.py`, and run `python -m docs.generate_methods`.
+Every distillation loss of `kdflax.losses`, and the function of `kdflax.methods` that makes it a method for a student
+and a teacher. This page is generated from the docstrings, which say more, and the catalogue: edit those, or
+kdflax/methods/catalogue.py, and run `python -m docs.generate_methods`.
+"""
 
-A weight multiplies the mean over the examples, next to a cross-entropy of weight 1 unless it says otherwise. It goes
-with the scale of the formula here and was chosen by others for small CIFAR-100 networks: a start for a search, no more.
-Sources: [r] RepDistiller's scripts, [m] mdistiller's configurations, [g] TRL's GKD trainer, [s] the scripts of
-logit-standardization-KD, and the code of the authors of [c] CAT-KD, [d] DeiT, [f] f-distill, [h] DIST, [i] ICKD, [k]
-DistiLLM, [l] MLKD and [n] NKD. "None recorded" says that no weight is known that goes with the formula here;
-`experiments.zoo --tune` finds one for your pair.
+WEIGHTS = textwrap.fill(
+  "A weight multiplies the mean over the examples, next to a cross-entropy of weight 1 unless it says otherwise. It"
+  " goes with the scale of the formula here and was chosen by others, for small CIFAR-100 networks unless it says"
+  " otherwise: a start for a search, no more. Sources:"
+  f" {', '.join(f'[{letter}] {source}' for letter, source in SOURCES.items())}."
+  ' "None recorded" says that no weight is known that goes with the formula here; `experiments.zoo --tune` finds one'
+  " for your pair.",
+  width=120,
+)
+
+MORE = """\
+## More than one loss, or none of its own
+
+Methods that put losses together, or need more than a loss.
 """
 
 DEGENERATE = """\
@@ -145,22 +75,24 @@ SCHEMES = """\
 ## Schemes without a loss of their own
 
 Mutual learning (DML), online ensembles, mean teacher, born-again generations, teacher assistants, self-distillation
-between exits and across augmentations, multi-teacher weights (CA-MKD, AEKD), SimKD and CTKD are configurations of the
-losses above: [recipes](recipes.md).
+between exits and across augmentations and multi-teacher weights (CA-MKD, AEKD) are configurations of the losses above:
+[recipes](recipes.md).
 """
 
 
-def methods() -> dict[str, Callable]:
-  """The public losses by name.
+def entries() -> dict[str, Entry]:
+  """The public losses by name, in the order of the catalogue.
 
   Raises:
-    ValueError: if one has no line in the table of facts.
+    ValueError: if one has no entry.
   """
-  public = {name: getattr(losses, name) for name in losses.__all__}
-  functions = {name: f for name, f in public.items() if inspect.isfunction(f) and name not in TOOLS}
-  if unknown := functions.keys() - FACTS.keys():
-    raise ValueError(f"no facts for {', '.join(sorted(unknown))}: add a line to FACTS in docs/generate_methods.py")
-  return functions
+  public = {name for name in losses.__all__ if name not in TOOLS}
+  if unknown := public - CATALOGUE.keys():
+    raise ValueError(
+      f"no entry for {', '.join(sorted(unknown))}: add one to CATALOGUE in kdflax/methods/catalogue.py, or a line to"
+      " its TOOLS"
+    )
+  return {name: entry for name, entry in CATALOGUE.items() if name in public}
 
 
 def formula(loss: Callable) -> list[str]:
@@ -170,17 +102,6 @@ def formula(loss: Callable) -> list[str]:
   if not lines:
     raise ValueError(f"the docstring of {loss.__name__} has no formula: indent it, before the arguments")
   return lines
-
-
-def paper(loss: Callable) -> str:
-  """The first reference as a link."""
-  text = " ".join((inspect.getdoc(loss) or "").split())
-  found = re.search(r'Reference: (.+?), "(.+?)", (.*?\d{4})\b(?:, arXiv (\d{4}\.\d{4,5}))?', text)
-  if not found:
-    raise ValueError(f'the docstring of {loss.__name__} must say: Reference: AUTHORS, "TITLE", YEAR, arXiv NUMBER')
-  authors, title, year, number = found.groups()
-  title = f"[{title}](https://arxiv.org/abs/{number})" if number else title
-  return f"{authors}, {title}, {year}"
 
 
 def paper_of_part(name: str) -> str:
@@ -195,41 +116,57 @@ def code(text: str) -> str:
   return f"`{text}`".replace("|", "\\|")
 
 
-def row(name: str, loss: Callable) -> str:
-  facts = FACTS[name]
+def row(name: str, entry: Entry) -> str:
+  paper(entry.loss)  # which every loss must name, also where the method says it with full names
   cells = [
-    facts.method,
+    entry.title,
     code(name),
-    paper(loss),
-    "<br>".join(map(code, formula(loss))),
-    facts.needs,
-    facts.weight,
+    entry.paper,
+    "<br>".join(map(code, formula(entry.loss))),
+    entry.needs,
+    entry.published,
+    set_up(entry),
   ]
   return f"| {' | '.join(cells)} |"
 
 
-def section(module: str, functions: Mapping[str, Callable]) -> str:
+def set_up(entry: Entry) -> str:
+  """The call that makes it a method."""
+  if entry.function is None:
+    return "-"
+  given = [f"losses.{entry.loss.__name__}"] if "loss" in inspect.signature(entry.function).parameters else []
+  arguments = ["pair", *given, *(f"{name}=" for name in entry.takes)]
+  return code(f"{entry.function.__name__}({', '.join(arguments)})")
+
+
+def section(module: str) -> str:
   about = (importlib.import_module(module).__doc__ or "").splitlines()[0]
   lines = [
     f"## {module.rsplit('.', 1)[1].replace('_', ' ').capitalize()}",
     "",
     about,
     "",
-    "| method | function | paper | formula | needs | weight |",
-    "| --- | --- | --- | --- | --- | --- |",
-    *(row(name, loss) for name, loss in functions.items() if loss.__module__ == module),
+    "| method | loss | paper | formula | needs | weight | set up by |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+    *(row(name, entry) for name, entry in entries().items() if entry.loss.__module__ == module),
   ]
   return "\n".join(lines) + "\n"
 
 
+def more() -> str:
+  """What is a method and no loss of its own."""
+  lines = ["| method | paper | needs | weight | set up by |", "| --- | --- | --- | --- | --- |"]
+  for entry in (entry for name, entry in CATALOGUE.items() if name not in losses.__all__):
+    lines.append(f"| {entry.title} | {entry.paper} | {entry.needs} | {entry.published} | {set_up(entry)} |")
+  return "\n".join(lines) + "\n"
+
+
 def page() -> str:
-  """The whole page; losses are in the order of the table of facts."""
-  public = methods()
-  functions = {name: public[name] for name in FACTS if name in public}
-  modules = dict.fromkeys(loss.__module__ for loss in functions.values())
+  """The whole page; losses are in the order of the catalogue."""
+  modules = dict.fromkeys(entry.loss.__module__ for entry in entries().values())
   parts = "\n".join(f"| {part} | {code(name)} | {paper_of_part(name)} |" for part, name in PARTS.items())
   return "\n".join(
-    [INTRODUCTION, *(section(m, functions) for m in modules), DEGENERATE, f"{LEARNABLE}{parts}\n", SCHEMES]
+    [INTRODUCTION, f"{WEIGHTS}\n", *map(section, modules), MORE, more(), DEGENERATE, f"{LEARNABLE}{parts}\n", SCHEMES]
   )
 
 

@@ -5,8 +5,10 @@ each method, from the same batches, for the same number of steps, with the same 
 test accuracy, says which differences to the baseline are beyond the noise of the seeds, and what a step costs.
 
 Weights: the best of four on the validation split, which `--tune` finds and keeps in experiments/zoo.json; for data
-that nobody tuned on, the published one of docs/methods.md, and 1 if there is none. The table names the source of each,
-and the published weight beside a tuned one: those were chosen for other networks and a hundred times as many steps.
+that nobody tuned on, the published one of `methods.CATALOGUE`, and 1 if there is none. The table names the source of
+each, and the published weight beside a tuned one: those were chosen for other networks and a hundred times as many
+steps. Where a paper compares several layers, every stage counts; where it compares one, that is the middle stage for
+hints and the last one for maps, and the pooled embedding for relations.
 
     python -m experiments.zoo                                  all methods on digits; results in runs/zoo
     python -m experiments.zoo --smoke                          half a minute, for a look
@@ -31,22 +33,14 @@ import optax
 
 from experiments import common, phases, pictures
 from experiments.networks import check_dataset, forwarded
-from experiments.zoo_methods import METHODS, Method, Network, Pair, Terms
-from experiments.zoo_pairs import (
-  PUBLISHED,
-  RECIPES,
-  classifier,
-  draw_augmented,
-  load,
-  margins,
-  pair_of,
-  published,
-)
-from kdflax import models, training
+from experiments.zoo_pairs import PUBLISHED, RECIPES, classifier, draw_augmented, load, pair_of, published
+from kdflax import methods, models, training
 from kdflax.objectives import Term
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
+# One row for each public loss that is a method for two classifiers, by its name.
+METHODS = {name: entry for name, entry in methods.CATALOGUE.items() if entry.build and entry.loss.__name__ == name}
 BASELINE = "baseline"
 WEIGHTS = pathlib.Path(__file__).with_suffix(".json")  # what --tune found, by data set and method
 GRID = (0.1, 1.0, 10.0, 100.0)
@@ -163,7 +157,8 @@ class Bench(NamedTuple):
   teacher: models.Model
   frozen_teacher: Any  # (params, state), each leaf with an axis for the seeds
   teacher_accuracy: list[float]
-  pair: Pair
+  pair: methods.Pair
+  labels: np.ndarray  # of the training images
   validate: Any  # a tester of the student, or None
   test: Any
 
@@ -182,7 +177,7 @@ def networks(config: Any) -> tuple[models.Model, models.Model]:
   return student, teacher
 
 
-def make_bench(session: phases.Session, splits: Any, pair: Pair) -> Bench:
+def make_bench(session: phases.Session, splits: Any, pair: methods.Pair) -> Bench:
   """Trains the teachers and gathers what all methods share."""
   config, arrays = session.config, splits["train"]
   recipe = RECIPES[config.dataset]
@@ -201,6 +196,7 @@ def make_bench(session: phases.Session, splits: Any, pair: Pair) -> Bench:
     frozen,
     phases.tester(teacher, splits["test"])(frozen)["accuracy"],
     pair,
+    arrays["label"],
     phases.tester(student, splits["validation"]) if "validation" in splits else None,
     phases.tester(student, splits["test"]),
   )
@@ -217,46 +213,65 @@ def optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
   )
 
 
-def program(bench: Bench, method: Method | None, weight: Any) -> tuple[training.Learner, Network]:
-  """The learner of a method with a weight, which may be traced, and its connectors; None is the baseline."""
-  config = bench.session.config
-  networks: Network = {"student": bench.student, "teacher": bench.teacher}
+def program(bench: Bench, name: str, weight: Any) -> tuple[training.Learner, dict[str, models.Model]]:
+  """The learner of a method with a weight, which may be traced, and its connectors; the baseline has none."""
+  config, entry, connectors = bench.session.config, METHODS.get(name), {}
+  networks = {"student": bench.student, "teacher": bench.teacher}
   labels = {"logits": "student.logits", "labels": "batch.label"}
-  terms: Terms = {"hard": Term(cross_entropy, labels, method.hard if method else 1.0)}
-  connectors: Network = {}
-  if method is not None:
+  terms = {"hard": Term(cross_entropy, labels, 1.0 if entry is None else entry.hard)}
+  if entry is not None and entry.build is not None:
     grown = config.student_steps / 12
     growing = lambda step: weight * jnp.minimum((step + 1) / grown, 1.0)
-    connectors, more = method.build(bench.pair, growing if method.warm_up else weight)
-    terms |= more
+    method = entry.build(bench.pair, weight=growing if entry.warm_up else weight, **settings_of(bench, name))
+    connectors = dict(method.models)
+    terms |= {f"distil/{term}": value for term, value in method.terms.items()}
+  given = {"margins": MARGINS} if name == "ofd" else {}
   learner = training.make_learner(
-    networks | connectors, terms, optimizer(config, config.student_steps), sample=bench.feed.sample
+    networks | given | connectors, terms, optimizer(config, config.student_steps), sample=bench.feed.sample
   )
   return learner, connectors
 
 
-def frozen_models(bench: Bench, connectors: Network) -> dict[str, Any]:
-  """(params, state) of what does not learn: the teacher, and the margins of OFD."""
+def settings_of(bench: Bench, name: str) -> dict[str, Any]:
+  """What a method is given beside the pair. All train beside the labels, so that they have the same budget."""
+  if name in ("hint", "fsp", "activation_boundary", "factor_transfer"):
+    return {"joint": True}
+  if name == "ofd":
+    return {"margins": {stage: f"margins.{stage}" for stage in bench.pair.stages}}
+  if name == "crd":
+    examples = len(bench.labels)
+    width, negatives = (128, 16384) if examples > 16384 else (32, 64)
+    memory = {"num_examples": examples, "labels": bench.labels, "index": "batch.row"}
+    return memory | {"width": width, "negatives": negatives}
+  return {}
+
+
+# The teachers' margins, given as the params of a model without a function: every seed has its own.
+MARGINS = models.Model(lambda key, batch: ({}, {}), lambda params, state, batch, *, train, key=None: (params, state))
+
+
+def frozen_models(bench: Bench, name: str) -> dict[str, Any]:
+  """(params, state) of what does not learn: the teacher, and for OFD its margins."""
   frozen = {"teacher": bench.frozen_teacher}
-  if "margins" in connectors:
-    frozen["margins"] = (margins(bench.frozen_teacher[0], bench.pair.stages), {})
+  if name == "ofd":
+    frozen["margins"] = (methods.margins(bench.frozen_teacher[0], bench.pair), {})
   return frozen
 
 
 def train_student(bench: Bench, name: str, weight: float) -> Student:
   """Trains the students of a method, one for each seed, tests them and measures a step."""
   config = bench.session.config
-  learner, connectors = program(bench, METHODS.get(name), weight)
+  learner, connectors = program(bench, name, weight)
   phase = phases.train(
     bench.session,
     f"students, {name}",
     learner,
     bench.feed,
     config.student_steps,
-    frozen=frozen_models(bench, connectors),
+    frozen=frozen_models(bench, name),
     evaluate=validation(bench),
   )
-  extra = {key: params for key, params in phase.state.params.items() if key != "student"}
+  extra = {key: phase.state.params[key] for key in connectors}
   cost = phases.cost(bench.session, phase, f"students, {name}", seeds=config.seeds)
   accuracy = bench.test(phases.variables_of(phase.state, "student"))["accuracy"]
   return Student(accuracy, cost, models.count_parameters(extra) // config.seeds)
@@ -320,13 +335,13 @@ def tune_one(bench: Bench, name: str, grid: tuple[float, ...], seeds: int) -> di
   config = bench.session.config
   lanes = [(weight, seed) for weight in grid for seed in range(seeds)]
   of_lanes = lambda leaf: leaf[np.asarray([seed for _, seed in lanes])]
-  build = lambda weight: program(bench, METHODS[name], weight)[0]
+  build = lambda weight: program(bench, name, weight)[0]
   learner = training.Learner(
     lambda key, arrays, frozen: build(frozen["weight"]).init(key, arrays, frozen["models"]),
     lambda state, arrays, frozen: build(frozen["weight"]).step(state, arrays, frozen["models"]),
   )
-  still = frozen_models(bench, program(bench, METHODS[name], 1.0)[1])
-  frozen = {"weight": jnp.asarray([weight for weight, _ in lanes]), "models": jax.tree.map(of_lanes, still)}
+  still = jax.tree.map(of_lanes, frozen_models(bench, name))
+  frozen = {"weight": jnp.asarray([weight for weight, _ in lanes]), "models": still}
   keys = of_lanes(jax.random.split(jax.random.key(0), config.seeds))
   phase = phases.train(
     bench.session, f"tuning, {name}", learner, bench.feed, config.student_steps, keys=jnp.copy(keys), frozen=frozen

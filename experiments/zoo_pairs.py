@@ -8,8 +8,7 @@ import numpy as np
 
 from experiments import phases
 from experiments.networks import network, read
-from experiments.zoo_methods import Pair
-from kdflax import data, losses, models, training
+from kdflax import data, methods, models, training
 
 
 class Recipe(NamedTuple):
@@ -78,12 +77,8 @@ def classifier(name: str, dataset: str) -> models.Model:
   if name.startswith("mlp") or (name.startswith("convnet") and name.count("-") < 2):
     raise ValueError(f"{name} has fewer than two stages of feature maps, which the methods compare")
 
-  def apply(params, state, batch, *, train, key=None):
-    outputs, state = inner.apply(params, state, batch, train=train, key=key)
-    last = max(stage for stage in outputs["features"] if stage.startswith("stage") and not stage.endswith("_pre"))
-    return outputs | {"class_maps": outputs["features"][last] @ params["head"]["kernel"]}, state
-
-  return models.Model(inner.init, apply)
+  stages = 3 if name.startswith("resnet") else name.count("-")
+  return methods.with_class_maps(inner, f"stage{stages}")
 
 
 def draw_augmented(arrays: Any, key: jax.Array, step: jax.Array, *, size: int, shift: int, flip: bool) -> Any:
@@ -102,19 +97,10 @@ def draw_augmented(arrays: Any, key: jax.Array, step: jax.Array, *, size: int, s
   return batch | {"image": image}
 
 
-def pair_of(student: models.Model, teacher: models.Model, arrays: Any) -> Pair:
+def pair_of(student: models.Model, teacher: models.Model, arrays: Any) -> methods.Pair:
   """Reads the shapes of the maps off the networks."""
-  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), arrays)
-
-  def maps(model: models.Model) -> dict[str, tuple[int, int, int]]:
-    def features(batch):
-      return model.apply(*model.init(jax.random.key(0), batch), batch, train=False, key=None)[0]["features"]
-
-    shapes = jax.eval_shape(features, batch)
-    return {name: shapes[name].shape[1:] for name in sorted(shapes) if name[-1].isdigit()}
-
-  pair = Pair(maps(student), maps(teacher), np.asarray(arrays["label"]))
-  sizes = [{stage: shape[:2] for stage, shape in side.items()} for side in (pair.student, pair.teacher)]
+  pair = methods.pair(student, teacher, jax.tree.map(lambda x: x[:2], arrays))
+  sizes = [_sizes(side) for side in (pair.student, pair.teacher)]
   if sizes[0] != sizes[1]:
     raise ValueError(
       f"the maps of teacher and student must have the same sizes; student {sizes[0]}, teacher {sizes[1]}"
@@ -122,11 +108,5 @@ def pair_of(student: models.Model, teacher: models.Model, arrays: Any) -> Pair:
   return pair
 
 
-def margins(params: Any, stages: tuple[str, ...]) -> dict[str, jax.Array]:
-  """`ofd_margin` of the last batch normalisation before the ReLU of each stage, [seeds, channels]."""
-  found = {}
-  for index, stage in enumerate(stages):
-    block = params["stages"][str(index)]
-    norm = block["norm"] if "norm" in block else block[max(block, key=int)]["second"]["norm"]
-    found[stage] = losses.ofd_margin(norm["scale"], norm["bias"])
-  return found
+def _sizes(side: methods.Side) -> dict[str, tuple[int, ...]]:
+  return {name: shape.shape[1:3] for name, shape in side.outputs["features"].items() if name[-1].isdigit()}

@@ -21,14 +21,14 @@ def test_methods_page_is_current(methods):
 
 def test_every_loss_has_its_row(methods):
   text = methods["PAGE"].read_text()
-  for name in methods["methods"]():
+  for name in methods["entries"]():
     assert text.count(f"| `{name}` |") == 1, name
 
 
-def test_a_public_loss_without_facts_is_an_error(methods, monkeypatch):
+def test_a_public_loss_without_an_entry_is_an_error(methods, monkeypatch):
   monkeypatch.setattr(losses, "unheard_of", lambda student, teacher: student, raising=False)
   monkeypatch.setattr(losses, "__all__", [*losses.__all__, "unheard_of"])
-  with pytest.raises(ValueError, match="no facts for unheard_of"):
+  with pytest.raises(ValueError, match="no entry for unheard_of"):
     methods["page"]()
 
 

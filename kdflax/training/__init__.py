@@ -16,6 +16,7 @@ from kdflax.training.run import (
   RunDirectoryError,
   stop_on_sigterm,
 )
+from kdflax.training.stages import starting_from, train_stages
 from kdflax.training.state import Average, Penalty, TrainState
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
   "named_key",
   "place_batch",
   "replicated",
+  "starting_from",
   "stop_on_sigterm",
+  "train_stages",
   "write_atomically",
 ]

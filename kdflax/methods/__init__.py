@@ -1,0 +1,73 @@
+"""Methods: one function per paper, what it needs beside its loss; and the catalogue of them all.
+
+    pair = methods.pair(student, teacher, batch)
+    method = methods.crd(pair, num_examples=50000) | methods.review_kd(pair)
+
+A `Method` is models, Terms and stages by name. The learner takes `{"student": student, "teacher": teacher} |
+method.models` and `{"hard": hard} | method.terms`; `training.train_stages` runs its stages before.
+"""
+
+from kdflax.methods.activations import activation_boundary, margins, ofd
+from kdflax.methods.catalogue import CATALOGUE, SOURCES, TOOLS, Entry, paper
+from kdflax.methods.contrast import crd
+from kdflax.methods.features import attention_transfer, factor_transfer, fitnets, review_kd, vid
+from kdflax.methods.heads import cat_kd, simkd, with_class_maps
+from kdflax.methods.logits import ctkd, dist, dkd, hard_targets, mlkd, nkd, soft_targets, standardized_targets
+from kdflax.methods.method import Method, Stage, Weight
+from kdflax.methods.outputs import of_embeddings, of_flows, of_logits, of_maps
+from kdflax.methods.pairs import Pair, Side, pair
+from kdflax.methods.products import fsp, ickd, kdsvd, nst
+from kdflax.methods.relations import (
+  correlation_congruence,
+  info_nce,
+  pkt,
+  rkd,
+  similarity_preserving,
+)
+
+__all__ = [
+  "CATALOGUE",
+  "SOURCES",
+  "TOOLS",
+  "Entry",
+  "Method",
+  "Pair",
+  "Side",
+  "Stage",
+  "Weight",
+  "activation_boundary",
+  "attention_transfer",
+  "cat_kd",
+  "correlation_congruence",
+  "crd",
+  "ctkd",
+  "dist",
+  "dkd",
+  "factor_transfer",
+  "fitnets",
+  "fsp",
+  "hard_targets",
+  "ickd",
+  "info_nce",
+  "kdsvd",
+  "margins",
+  "mlkd",
+  "nkd",
+  "nst",
+  "of_embeddings",
+  "of_flows",
+  "of_logits",
+  "of_maps",
+  "ofd",
+  "pair",
+  "paper",
+  "pkt",
+  "review_kd",
+  "rkd",
+  "similarity_preserving",
+  "simkd",
+  "soft_targets",
+  "standardized_targets",
+  "vid",
+  "with_class_maps",
+]

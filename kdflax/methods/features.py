@@ -1,0 +1,211 @@
+"""Methods on feature maps, through connectors that learn with the student and stay behind when it leaves."""
+
+from typing import Any
+
+import jax
+
+from kdflax import losses, models
+from kdflax.methods.method import Method, Stage, Weight, alone, term
+from kdflax.methods.outputs import of_maps
+from kdflax.methods.pairs import Pair
+
+
+def fitnets(pair: Pair, *, stage: str | None = None, joint: bool = False, weight: Weight | None = None) -> Method:
+  """Guide a middle stage of the student to that of the teacher, through a convolutional regressor.
+
+  In the paper this is a training of its own, from which the student goes on; widely used implementations train it
+  beside the labels.
+
+  Args:
+    pair: of models with feature maps; a student's map twice or n times as large is met by the regressor's stride.
+    stage: the student's; the middle one by default.
+    joint: whether the hint is a Term beside the others instead of a stage before them.
+    weight: of the Term, a number or a schedule; by default 1 in a stage of its own, and beside the labels 100, as
+      published for that.
+
+  Returns:
+    A method with the model `fitnets_regressor` and the Term `fitnets`, both in the stage `fitnets` unless `joint`.
+
+  Raises:
+    ValueError: if the pair has no such stage, or no stride makes the sizes equal.
+
+  Reference: Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta and Yoshua Bengio,
+  "FitNets: Hints for Thin Deep Nets", 2015, arXiv 1412.6550.
+
+  Examples:
+    >>> import numpy as np
+    >>> from kdflax import methods, models
+    >>> batch = {"image": np.zeros((2, 8, 8, 1), np.float32)}
+    >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
+    >>> list(methods.fitnets(pair).stages), list(methods.fitnets(pair, joint=True).terms)
+    (['fitnets'], ['fitnets'])
+  """
+  stages = pair.some_stages()
+  stage = stages[len(stages) // 2] if stage is None else stage
+  student, teacher = pair.features(stage)
+  name, regressor = pair.named("fitnets"), pair.named("fitnets_regressor")
+  channels, stride = pair.shapes(stage)[1][-1], _stride(pair, stage)
+  connector = models.conv_connector(student, channels, kernel=3, stride=stride, batch_norm=True, activation=jax.nn.relu)
+  inputs = {"student": f"{regressor}.output", "teacher": teacher}
+  weight = (100.0 if joint else 1.0) if weight is None else weight
+  hint = {name: term(losses.hint, inputs, weight, stop_gradient=(pair.teacher.name,))}
+  method = Method({regressor: connector}, hint)
+  return method if joint else alone(method, name)
+
+
+def attention_transfer(pair: Pair, *, weight: Weight = 1000.0, **settings: Any) -> Method:
+  """Learn where the teacher looks: the strength of each stage's map at each position.
+
+  Args:
+    pair: of models with feature maps, of any widths and sizes.
+    weight: of each stage's Term, a number or a schedule.
+    **settings: `power` (2) of `losses.attention_transfer`.
+
+  Returns:
+    A method with the Terms `attention_transfer/STAGE`.
+
+  Reference: Sergey Zagoruyko and Nikos Komodakis, "Paying More Attention to Attention: Improving the Performance of
+  Convolutional Neural Networks via Attention Transfer", 2017, arXiv 1612.03928.
+
+  Examples:
+    >>> import numpy as np
+    >>> from kdflax import methods, models
+    >>> batch = {"image": np.zeros((2, 8, 8, 1), np.float32)}
+    >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
+    >>> list(methods.attention_transfer(pair).terms)
+    ['attention_transfer/stage1', 'attention_transfer/stage2']
+  """
+  return of_maps(pair, losses.attention_transfer, weight=weight, **settings)
+
+
+def vid(pair: Pair, *, weight: Weight = 1.0) -> Method:
+  """Predict each stage of the teacher as a Gaussian, whose variance is learned.
+
+  Args:
+    pair: of models with feature maps, of equal sizes at each stage.
+    weight: of each stage's Term, a number or a schedule.
+
+  Returns:
+    A method with the connectors `vid_STAGE` and the Terms `vid/STAGE`.
+
+  Raises:
+    ValueError: if the sizes of a stage differ.
+
+  Reference: Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information
+  Distillation for Knowledge Transfer", 2019, arXiv 1904.05835.
+
+  Examples:
+    >>> import numpy as np
+    >>> from kdflax import methods, models
+    >>> batch = {"image": np.zeros((2, 8, 8, 1), np.float32)}
+    >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
+    >>> list(methods.vid(pair).models)
+    ['vid_stage1', 'vid_stage2']
+  """
+  name, connectors, terms = pair.named("vid"), {}, {}
+  for stage in pair.some_stages():
+    student, teacher = pair.features(stage)
+    gaussian = f"{name}_{stage}"
+    connectors[gaussian] = models.vid_connector(student, pair.shapes(stage, same_size=True)[1][-1])
+    inputs = {"predicted_mean": f"{gaussian}.output", "variance": f"{gaussian}.variance", "teacher": teacher}
+    terms[f"{name}/{stage}"] = term(losses.vid, inputs, weight, stop_gradient=(pair.teacher.name,))
+  return Method(connectors, terms)
+
+
+def review_kd(pair: Pair, *, width: int | None = None, weight: Weight = 1.0) -> Method:
+  """Compare each stage of the teacher with what the student's stages from there on say together.
+
+  The paper adds the pooled embedding as one more level, and warms the weight up over the first 20 of 240 epochs.
+
+  Args:
+    pair: of models with feature maps, of any widths and sizes.
+    width: of the fusion; by default the teacher's channels at the last stage.
+    weight: of each stage's Term, a number or a schedule.
+
+  Returns:
+    A method with the model `review_kd_fusion` and the Terms `review_kd/STAGE`.
+
+  Reference: Pengguang Chen, Shu Liu, Hengshuang Zhao and Jiaya Jia, "Distilling Knowledge via Knowledge Review", 2021,
+  arXiv 2104.09044.
+
+  Examples:
+    >>> import numpy as np
+    >>> from kdflax import methods, models
+    >>> batch = {"image": np.zeros((2, 8, 8, 1), np.float32)}
+    >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
+    >>> list(methods.review_kd(pair).models)
+    ['review_kd_fusion']
+  """
+  name, fusion = pair.named("review_kd"), pair.named("review_kd_fusion")
+  deepest_first = pair.some_stages()[::-1]
+  shapes = [pair.shapes(stage)[1] for stage in deepest_first]
+  model = models.review_fusion(
+    [pair.features(stage)[0] for stage in deepest_first],
+    [shape[-1] for shape in shapes],
+    sizes=[(shape[1], shape[2]) for shape in shapes],
+    width=shapes[0][-1] if width is None else width,
+  )
+  terms = {}
+  for stage in pair.stages:
+    inputs = {"student": f"{fusion}.features.{stage}", "teacher": pair.features(stage)[1]}
+    terms[f"{name}/{stage}"] = term(losses.hierarchical_context, inputs, weight, stop_gradient=(pair.teacher.name,))
+  return Method({fusion: model}, terms)
+
+
+def factor_transfer(
+  pair: Pair, *, rate: float = 0.5, joint: bool = False, weight: Weight = 200.0, **settings: Any
+) -> Method:
+  """Learn the factors that the teacher's last map can be rebuilt from.
+
+  First a paraphraser learns to rebuild the map; then it stands still, and a translator of the student's map learns to
+  say what it says.
+
+  Args:
+    pair: of models with feature maps, of one size at the last stage.
+    rate: factors per channel of the teacher.
+    joint: whether the paraphraser learns beside the student, instead of in a stage before.
+    weight: of the Term, a number or a schedule.
+    **settings: `input_power` (2) and `output_power` (1) of `losses.factor_transfer`.
+
+  Returns:
+    A method with the models `factor_transfer_paraphraser` and `factor_transfer_translator` and the Term
+    `factor_transfer`. `factor_transfer/rebuild` is that of the stage `factor_transfer_paraphraser`, unless `joint`.
+
+  Raises:
+    ValueError: if `rate` leaves no factor.
+
+  Reference: Jangho Kim, SeongUk Park and Nojun Kwak, "Paraphrasing Complex Network: Network Compression via Factor
+  Transfer", 2018, arXiv 1802.04977.
+
+  Examples:
+    >>> import numpy as np
+    >>> from kdflax import methods, models
+    >>> batch = {"image": np.zeros((2, 8, 8, 1), np.float32)}
+    >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
+    >>> methods.factor_transfer(pair).stages["factor_transfer_paraphraser"].frozen
+    ('factor_transfer_paraphraser',)
+  """
+  name = pair.named("factor_transfer")
+  paraphraser, translator = (pair.named(f"factor_transfer_{part}") for part in ("paraphraser", "translator"))
+  stage = pair.some_stages()[-1]
+  student, teacher = pair.features(stage)
+  own = {paraphraser: models.paraphraser(teacher, rate=rate)}
+  factors = int(rate * pair.shapes(stage)[1][-1])
+  stopped = (pair.teacher.name, f"{paraphraser}.output")
+  inputs = {"student": f"{translator}.output", "teacher": f"{paraphraser}.output", **settings}
+  terms = {name: term(losses.factor_transfer, inputs, weight, stop_gradient=stopped)}
+  inputs = {"student": f"{paraphraser}.reconstruction", "teacher": teacher}
+  rebuild = {f"{name}/rebuild": term(losses.hint, inputs, 1.0, stop_gradient=(pair.teacher.name,))}
+  connectors = own | {translator: models.translator(student, factors)}
+  if joint:
+    return Method(connectors, terms | rebuild)
+  return Method(connectors, terms, {paraphraser: Stage(own, rebuild, frozen=(paraphraser,))})
+
+
+def _stride(pair: Pair, stage: str) -> int:
+  """The stride that takes the student's map to the size of the teacher's."""
+  student, teacher = pair.shapes(stage)
+  stride = -(-student[1] // teacher[1])
+  if any(-(-large // stride) != small for large, small in zip(student[1:3], teacher[1:3], strict=True)):
+    pair.shapes(stage, same_size=True)
+  return stride
