@@ -157,7 +157,7 @@ def _restored(module: bytes, manifest: Mapping[str, Any]) -> export.Exported:
   variables = tuple(_specs(part, size) for part in manifest["arguments"]["variables"])
   inputs, results = _specs(manifest["arguments"]["batch"], size), manifest["results"]
 
-  def stand_in(variables, batch):
+  def stand_in(variables: PyTree, batch: PyTree) -> PyTree:
     del variables
     size = jax.tree.leaves(batch)[0].shape[0]
     return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), _specs(results, size))
@@ -176,7 +176,7 @@ def _restored(module: bytes, manifest: Mapping[str, Any]) -> export.Exported:
 def _described(tree: PyTree) -> PyTree:
   """Specs as text, such as `float32[batch,8,8]`."""
 
-  def text(spec):
+  def text(spec: Any) -> str:
     shape = [str(n) for n in spec.shape]
     if any(not n.isdigit() and n != _BATCH for n in shape):
       raise ValueError(f"the model depends on its batch size: it has an array of shape [{', '.join(shape)}]")
@@ -186,7 +186,7 @@ def _described(tree: PyTree) -> PyTree:
 
 
 def _specs(described: PyTree, size: Any) -> PyTree:
-  def spec(text):
+  def spec(text: str) -> jax.ShapeDtypeStruct:
     dtype, shape = text.removesuffix("]").split("[")
     return jax.ShapeDtypeStruct([size if n == _BATCH else int(n) for n in shape.split(",") if n], jnp.dtype(dtype))
 

@@ -19,7 +19,7 @@ Scale = float | Sequence[float] | jax.Array
 
 
 def task_arithmetic(base: PyTree, tuned: Sequence[PyTree], scale: Scale) -> PyTree:
-  """Add what every tuned model has learned to the base.
+  """Adds what every tuned model has learned to the base.
 
   With scale 1 and one model it is that model; a negative scale makes the base forget a task.
 
@@ -50,7 +50,7 @@ def task_arithmetic(base: PyTree, tuned: Sequence[PyTree], scale: Scale) -> PyTr
 
 
 def ties(base: PyTree, tuned: Sequence[PyTree], density: float, scale: float | jax.Array) -> PyTree:
-  """Add what tuning changed most, where the models agree on the direction.
+  """Adds what tuning changed most, where the models agree on the direction.
 
   Small changes are noise and opposed ones cancel each other. Each model keeps the `density n` of its n differences that
   are largest in magnitude (trim); the sign of their sum decides for each entry (elect); the mean of those of that sign,
@@ -105,7 +105,7 @@ def dare(
   key: jax.Array | None = None,
   masks: Sequence[PyTree] | None = None,
 ) -> PyTree:
-  """Drop most of what tuning changed at random, and add the rest, scaled up.
+  """Drops most of what tuning changed at random, and adds the rest, scaled up.
 
   Differences are redundant: a tenth of them, ten times as large, does the same, and those of several models meet less
   often. The expected result is that of `task_arithmetic`. To trim and elect signs afterwards (DARE with TIES) hand each
@@ -227,7 +227,7 @@ def _largest(dtype: Any, shape: tuple[int, ...], accepts: Callable[[jax.Array], 
   """The largest unsigned integers that are accepted, as 0 and all below an accepted one are."""
   bits = jnp.iinfo(dtype).bits
 
-  def set_bit(index, found):
+  def set_bit(index: jax.Array, found: jax.Array) -> jax.Array:
     candidate = found | (jnp.ones((), dtype) << (bits - 1 - index).astype(dtype))
     return jnp.where(accepts(candidate), candidate, found)
 

@@ -52,7 +52,7 @@ def from_nnx(
   inputs: str | tuple[str, ...] = "batch",
   with_example: bool = False,
 ) -> Model:
-  """Turn a Flax NNX module into a `Model`.
+  """Turns a Flax NNX module into a `Model`.
 
   The module is called as `module(x, train=..., rngs=...)`, each keyword only where its `__call__` has it. In place of
   `train` it may take `training`, `is_training`, `deterministic`, `inference` or `use_running_average`. Without any the
@@ -137,7 +137,7 @@ def from_linen(
   method: str | Callable[..., Any] | None = None,
   **kwargs: Any,
 ) -> Model:
-  """Turn a Flax Linen module into a `Model`.
+  """Turns a Flax Linen module into a `Model`.
 
   Called as `module.apply(variables, x, train=...)`. In place of `train` the method may take `training`, `is_training`,
   `deterministic`, `inference` or `use_running_average`, or the module may have a field of such a name. It returns
@@ -247,7 +247,7 @@ class _Blueprint(NamedTuple):
 def _blueprint(build: Callable[[], nnx.Module]) -> _Blueprint:
   seen: dict[str, Any] = {}
 
-  def trace():
+  def trace() -> list[Any]:
     module = build()
     seen["signature"] = boundary.signature_of(type(module).__call__, given=("rngs",))
     seen["drops"] = tuple(path for path, part in nnx.iter_modules(module) if _drop_rate(part)[1] > 0)
@@ -274,7 +274,7 @@ def _drop_rate(part: nnx.Module) -> tuple[str, float]:
 
 
 def _refuse_loose_arrays(module: nnx.Module) -> None:
-  """Raise for arrays outside variables: built under a trace, flax takes them for static and keeps the tracer."""
+  """Raises for arrays outside variables: built under a trace, flax takes them for static and keeps the tracer."""
   loose = [
     ".".join(map(str, (*path, name)))
     for path, part in nnx.iter_modules(module)
@@ -286,7 +286,7 @@ def _refuse_loose_arrays(module: nnx.Module) -> None:
 
 
 def _streams(streams: Mapping[Path, Any], key: jax.Array | None) -> dict[Path, jax.Array]:
-  """Give every stored random stream its own key, and count from zero."""
+  """Gives every stored random stream its own key, and counts from zero."""
   key = jax.random.key(0) if key is None else key  # never drawn from: without a key nothing is random
   values = {}
   for index, (path, (kind, shape)) in enumerate(streams.items()):
@@ -313,7 +313,7 @@ def _call(module: nnx.Module, x: Any, signature: boundary.Signature, train: bool
 
 
 def _check_mode(blueprint: _Blueprint, moved: set[Path], drawn: bool, train: bool) -> None:
-  """Refuse BatchNorm and Dropout in the wrong mode, by the variables that moved and whether numbers were drawn."""
+  """Refuses BatchNorm and Dropout in the wrong mode, by the variables that moved and whether numbers were drawn."""
   trained = [_dotted(path[:-1]) for path in blueprint.statistics if path in moved]
   if not train:
     boundary.check_evaluates(dict.fromkeys(trained))

@@ -40,7 +40,7 @@ class Signature(NamedTuple):
 
 
 def signature_of(function: Callable[..., Any], *, given: Iterable[str] = ()) -> Signature:
-  """Read the arguments of a method, the first two of which are the module and its input.
+  """Reads the arguments of a method, the first two of which are the module and its input.
 
   Args:
     function: an unbound method.
@@ -66,12 +66,12 @@ def signature_of(function: Callable[..., Any], *, given: Iterable[str] = ()) -> 
 
 
 def mode(flags: Iterable[str], train: bool) -> dict[str, bool]:
-  """Return the values of mode flags in training or in evaluation."""
+  """Returns the values of mode flags in training or in evaluation."""
   return {name: FLAGS[name] is train for name in flags}
 
 
 def check_evaluates(parts: Iterable[str]) -> None:
-  """Raise ValueError, naming them, if there are parts that were seen to train in evaluation."""
+  """Raises a ValueError, naming them, if there are parts that were seen to train in evaluation."""
   if parts := list(parts):
     raise ValueError(
       f"with train=False the parts {parts} ran as in training; the module must hand on its mode flag, one of "
@@ -80,7 +80,7 @@ def check_evaluates(parts: Iterable[str]) -> None:
 
 
 def check_trains(parts: Iterable[str], unknown: Iterable[str]) -> None:
-  """Raise ValueError if none of the parts that should were seen to train, and an unknown argument may be the reason."""
+  """Raises a ValueError if no part was seen to train, and an unknown argument may be the reason."""
   parts, unknown = list(parts), list(unknown)
   if parts and unknown:
     raise ValueError(
@@ -90,7 +90,7 @@ def check_trains(parts: Iterable[str], unknown: Iterable[str]) -> None:
 
 
 def warn_of_masked(batch: Any, has_statistics: bool, train: bool) -> None:
-  """Warn that BatchNorm counts what the batch says does not count."""
+  """Warns that BatchNorm counts what the batch says does not count."""
   if train and has_statistics and isinstance(batch, Mapping) and "where" in batch:
     warnings.warn(
       "the batch has a mask, 'where', but BatchNorm takes its statistics over all examples, masked ones included; "
@@ -100,25 +100,25 @@ def warn_of_masked(batch: Any, has_statistics: bool, train: bool) -> None:
 
 
 def pick(batch: Any, inputs: str | tuple[str, ...], input: str) -> Any:
-  """Return what the module is called with: one entry of the batch, or the array(s) handed to a connector."""
+  """Returns what the module is called with: one entry of the batch, or the array(s) handed to a connector."""
   if inputs != "batch":
     return batch
   if not isinstance(batch, Mapping):
     raise ValueError(f"a network takes a batch, a dict with the entry {input!r}; got {type(batch).__name__}")
   if input not in batch:
-    raise ValueError(f"the batch has no {input!r}; it has {sorted(batch)}. Name the entry with input=...")
+    raise ValueError(f"the batch has no {input!r}; it has {sorted(batch)}; name the entry by the argument `input`")
   return batch[input]
 
 
 def named(outputs: Any, inputs: str | tuple[str, ...]) -> Outputs:
-  """Return outputs by name, a bare array as `logits` or, of a connector, `output`."""
+  """Returns outputs by name, a bare array as `logits` or, of a connector, `output`."""
   if isinstance(outputs, Mapping):
     return dict(outputs)
   return {"logits" if inputs == "batch" else "output": outputs}
 
 
 def gather(specs: Mapping[tuple[Any, ...], Any], tree: PyTree, name: str) -> dict[tuple[Any, ...], Any]:
-  """Look every path up in a nested dict, and check its shape.
+  """Looks every path up in a nested dict, and checks its shape.
 
   Raises:
     ValueError: if a leaf is missing or has another shape.
@@ -142,10 +142,10 @@ def _at(tree: PyTree, path: tuple[Any, ...], shape: tuple[int, ...], name: str) 
 
 
 def shapes(x: PyTree) -> PyTree:
-  """Return the shapes and dtypes of a tree of arrays."""
+  """Returns the shapes and dtypes of a tree of arrays."""
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), x)
 
 
 def typed(key: jax.Array) -> jax.Array:
-  """Return a typed key; the old uint32 keys are accepted as well."""
+  """Returns a typed key; the old uint32 keys are accepted as well."""
   return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)

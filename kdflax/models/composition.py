@@ -1,18 +1,28 @@
 """Models made of models: name the parts, say how data flows, and get one `Model`."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 
-from kdflax.model import Model, Outputs, PyTree, named_key
+from kdflax.model import Model, Outputs, PyTree, named_key, read
 from kdflax.numerics.trees import name_of
 
-Run = Callable[[str, Model, Mapping[str, Any]], Any]
+
+class Run(Protocol):
+  """`(path, model, source) -> outputs`: runs a part of a composed model."""
+
+  def __call__(self, path: str, model: Model, source: Mapping[str, Any], /) -> Any: ...
 
 
-def compose(forward: Callable[[Run, PyTree], Outputs]) -> Model:
-  """Build a model from a function that runs other models.
+class Forward(Protocol):
+  """`(run, batch) -> outputs`: how data flows between the parts of a composed model."""
+
+  def __call__(self, run: Run, batch: Any, /) -> Outputs: ...
+
+
+def compose(forward: Forward) -> Model:
+  """Builds a model from a function that runs other models.
 
   `forward(run, batch) -> outputs` calls `run(path, model, source)` for every part. `path` is where the parameters and
   the state of the part lie (`"task/left/head"`), and gives the part its own randomness; `source`, a batch or the
@@ -31,28 +41,31 @@ def compose(forward: Callable[[Run, PyTree], Outputs]) -> Model:
     ValueError: from `init`, if two parts have one path; from `init` and `apply`, if an input does not exist.
   """
 
-  def init(key, batch):
+  def init(key: jax.Array, batch: Any) -> tuple[PyTree, PyTree]:
     parts: dict[str, tuple[Model, Any]] = {}
 
-    def trace(path, model, source):
+    def trace(path: str, model: Model, source: Mapping[str, Any]) -> Any:
       if path in parts:
-        raise ValueError(f"Two parts of a model are called {path!r}; give each its own path.")
+        raise ValueError(f"two parts of a model are called {path!r}; give each its own path")
       x = _view(source, model)
       parts[path] = model, _specs(x)
       return model.apply(*model.init(key, x), x, train=False, key=None)[0]
 
     jax.eval_shape(lambda batch: forward(trace, batch), batch)
-    params, state = {}, {}
+    params: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     for path, (model, example) in parts.items():
       own_params, own_state = model.init(named_key(key, path), example)
       _place(params, path, own_params)
       _place(state, path, own_state)
     return params, state
 
-  def apply(params, state, batch, *, train, key=None):
+  def apply(
+    params: PyTree, state: PyTree, batch: Any, *, train: bool, key: jax.Array | None = None
+  ) -> tuple[Any, PyTree]:
     after: dict[str, Any] = {}
 
-    def run(path, model, source):
+    def run(path: str, model: Model, source: Mapping[str, Any]) -> Any:
       own_key = None if key is None else named_key(key, path)
       x = _view(source, model)
       outputs, own_state = model.apply(_at(params, path), _at(state, path), x, train=train, key=own_key)
@@ -65,7 +78,7 @@ def compose(forward: Callable[[Run, PyTree], Outputs]) -> Model:
 
 
 def stacked(model: Model, copies: int, *, own_inputs: bool = False) -> Model:
-  """Build several copies of a model, their parameters stacked, that one vmapped call runs all at once.
+  """Builds several copies of a model, their parameters stacked, that one vmapped call runs all at once.
 
   Args:
     model: what is copied. Copies start from different keys.
@@ -79,14 +92,14 @@ def stacked(model: Model, copies: int, *, own_inputs: bool = False) -> Model:
     ValueError: if `copies` is below 1.
   """
   if copies < 1:
-    raise ValueError(f"copies must be at least 1, got {copies}.")
+    raise ValueError(f"copies must be at least 1, got {copies}")
 
-  def init(key, example):
+  def init(key: jax.Array, example: Any) -> tuple[PyTree, PyTree]:
     spec = lambda x: jax.ShapeDtypeStruct(x.shape[1:] if own_inputs else x.shape, x.dtype)
     example = jax.tree.map(spec, example)
     return jax.vmap(lambda own_key: model.init(own_key, example))(jax.random.split(key, copies))
 
-  def apply(params, state, x, *, train, key=None):
+  def apply(params: PyTree, state: PyTree, x: Any, *, train: bool, key: jax.Array | None = None) -> tuple[Any, PyTree]:
     keys = None if key is None else jax.random.split(key, copies)
     axes = (0, 0, 0 if own_inputs else None, None if key is None else 0)
     one = lambda params, state, x, key: model.apply(params, state, x, train=train, key=key)
@@ -96,7 +109,7 @@ def stacked(model: Model, copies: int, *, own_inputs: bool = False) -> Model:
 
 
 def unstack(tree: PyTree) -> list[PyTree]:
-  """Take a stacked tree apart: one tree for each entry of the leading axis, as `kdflax.coupling` wants them.
+  """Takes a stacked tree apart: one tree for each entry of the leading axis, as `kdflax.coupling` wants them.
 
   Args:
     tree: pytree of arrays [copies, ...], such as the params of a `stacked` model.
@@ -110,29 +123,19 @@ def unstack(tree: PyTree) -> list[PyTree]:
   lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(tree)}
   if len(lengths) != 1 or 0 in lengths:
     shapes = {name_of(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
-    raise ValueError(f"unstack takes arrays with a common leading axis, got {shapes}.")
+    raise ValueError(f"unstack takes arrays with a common leading axis, got {shapes}")
   return [jax.tree.map(lambda leaf, i=index: leaf[i], tree) for index in range(lengths.pop())]
 
 
-def look_up(source: Mapping[str, Any], path: str) -> Any:
-  """Return what lies at a dotted path of outputs, or raise ValueError with what exists."""
-  names = _flat(source)
-  if path not in names:
-    raise ValueError(f"There is no {path!r} to read; there is {sorted(names)}.")
-  return names[path]
-
-
 def _view(source: Mapping[str, Any], model: Model) -> Any:
-  """Return what a part is called with: everything by name for a network, the arrays it asks for for a connector."""
+  """Returns what a part is called with: everything by name for a network, the arrays it asks for for a connector."""
   if model.inputs == "batch":
     return _flat(source)
-  if isinstance(model.inputs, str):
-    return look_up(source, model.inputs)
-  return tuple(look_up(source, path) for path in model.inputs)
+  return read(source, model)
 
 
 def _flat(source: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Return the entries, and those of nested dicts once more under dotted names."""
+  """Returns the entries, and those of nested dicts once more under dotted names."""
   names = {}
   for name, value in source.items():
     names[prefix + name] = value

@@ -6,22 +6,23 @@ A connector is an ordinary `Model` under its own name. `{"hint": conv_connector(
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdflax.model import Model, Outputs
+from kdflax.model import Model, Outputs, PyTree
 from kdflax.models.adapters import from_nnx
-from kdflax.models.layers import Convolution, check_rank, check_widths, conv_init, head_init
+from kdflax.models.layers import Activation, Convolution, check_rank, check_widths, conv_init, head_init
 from kdflax.numerics.safe import l2_normalize
 
 _MAP = "[batch, height, width, channels]"
 
 
 def linear_connector(path: str, width: int, *, bias: bool = True) -> Model:
-  """Map the last axis linearly to another width.
+  """Maps the last axis linearly to another width.
 
   Args:
     path: context path of an array [batch, ..., features].
@@ -36,9 +37,9 @@ def linear_connector(path: str, width: int, *, bias: bool = True) -> Model:
   """
   check_widths(width=(width,))
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _Linear:
     if len(example.shape) < 2:
-      raise ValueError(f"linear_connector({path!r}) takes [batch, ..., features], got {tuple(example.shape)}.")
+      raise ValueError(f"linear_connector({path!r}) takes [batch, ..., features], got {tuple(example.shape)}")
     return _Linear(example.shape[-1], width, bias, rngs)
 
   return from_nnx(make, inputs=path, with_example=True)
@@ -51,9 +52,9 @@ def conv_connector(
   kernel: int = 1,
   stride: int = 1,
   batch_norm: bool = False,
-  activation: Callable[[jax.Array], jax.Array] | None = None,
+  activation: Activation | None = None,
 ) -> Model:
-  """Map a feature map to another number of channels by one convolution.
+  """Maps a feature map to another number of channels by one convolution.
 
   As is: the 1x1 regressor of hints. With `batch_norm=True`: the connector of overhaul distillation (OFD). With
   `batch_norm=True, activation=jax.nn.relu` and a kernel of 3: the convolutional regressor of FitNets.
@@ -73,11 +74,11 @@ def conv_connector(
     ValueError: if a number is not positive or the input has not four axes.
 
   Reference: Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta and Yoshua Bengio,
-  FitNets: Hints for Thin Deep Nets, 2014, arXiv 1412.6550.
+  "FitNets: Hints for Thin Deep Nets", 2014, arXiv 1412.6550.
   """
   check_widths(channels=(channels,), kernel=(kernel,), stride=(stride,))
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _Sequence:
     check_rank(example, 4, f"conv_connector({path!r})", _MAP)
     layer = Convolution(example.shape[-1], channels, rngs, kernel=kernel, stride=stride, batch_norm=batch_norm)
     return _Sequence([layer], [activation or _identity])
@@ -86,7 +87,7 @@ def conv_connector(
 
 
 def embedding_connector(path: str, width: int = 128) -> Model:
-  """Map features linearly to points on the unit sphere, for contrastive losses.
+  """Maps features linearly to points on the unit sphere, for contrastive losses.
 
   The trailing axes are flattened first. A row that maps to exactly zero stays zero and gets no gradient; any other row
   has norm 1, however small. Norms are computed in float32 or wider.
@@ -101,21 +102,21 @@ def embedding_connector(path: str, width: int = 128) -> Model:
   Raises:
     ValueError: if the width is not positive or the input has only the batch axis.
 
-  Reference: Yonglong Tian, Dilip Krishnan and Phillip Isola, Contrastive Representation Distillation, 2019,
+  Reference: Yonglong Tian, Dilip Krishnan and Phillip Isola, "Contrastive Representation Distillation", 2019,
   arXiv 1910.10699. Their code divides by the norm as it is, which is NaN at zero.
   """
   check_widths(width=(width,))
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _Embedding:
     if len(example.shape) < 2:
-      raise ValueError(f"embedding_connector({path!r}) takes [batch, ...], got {tuple(example.shape)}.")
+      raise ValueError(f"embedding_connector({path!r}) takes [batch, ...], got {tuple(example.shape)}")
     return _Embedding(math.prod(example.shape[1:]), width, rngs)
 
   return from_nnx(make, inputs=path, with_example=True)
 
 
 def vid_connector(path: str, channels: int) -> Model:
-  """Predict the teacher's feature map as a Gaussian: a mean for each position, a variance for each channel.
+  """Predicts the teacher's feature map as a Gaussian: a mean for each position, a variance for each channel.
 
   The mean is three bias-free 1x1 convolutions with ReLU between them; the variance is `softplus(rho) + 1e-5` and starts
   at 5.
@@ -130,12 +131,12 @@ def vid_connector(path: str, channels: int) -> Model:
   Raises:
     ValueError: if `channels` is not positive or the input has not four axes.
 
-  Reference: Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, Variational Information
-  Distillation for Knowledge Transfer, 2019, arXiv 1904.05835. `log(1 + exp(rho))`, as often written, overflows.
+  Reference: Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information
+  Distillation for Knowledge Transfer", 2019, arXiv 1904.05835. `log(1 + exp(rho))`, as often written, overflows.
   """
   check_widths(channels=(channels,))
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _Gaussian:
     check_rank(example, 4, f"vid_connector({path!r})", _MAP)
     return _Gaussian(example.shape[-1], channels, rngs)
 
@@ -143,7 +144,7 @@ def vid_connector(path: str, channels: int) -> Model:
 
 
 def temperature(*, start: float = 1.0, span: float = 20.0, initial: float = 1.0, reversal: float | str = 1.0) -> Model:
-  """Learn a temperature against the student: a curriculum that makes the soft targets harder.
+  """Learns a temperature against the student: a curriculum that makes the soft targets harder.
 
   `start + span * sigmoid(theta)`. The gradient of theta is multiplied by `-reversal`, so that an optimizer that
   descends for the student ascends for theta. At `reversal` 0 the temperature stays; at -1 it descends with the student.
@@ -160,18 +161,20 @@ def temperature(*, start: float = 1.0, span: float = 20.0, initial: float = 1.0,
   Raises:
     ValueError: if `start` or `span` is not positive.
 
-  Reference: Zheng Li, Xiang Li, Lingfeng Yang, Borui Zhao, Renjie Song, Lei Luo, Jun Li and Jian Yang, Curriculum
-  Temperature for Knowledge Distillation, 2022, arXiv 2211.16231. Their code gives the factor the opposite sign, and its
-  default of 0 leaves the temperature where it started.
+  Reference: Zheng Li, Xiang Li, Lingfeng Yang, Borui Zhao, Renjie Song, Lei Luo, Jun Li and Jian Yang, "Curriculum
+  Temperature for Knowledge Distillation", 2022, arXiv 2211.16231. Their code gives the factor the opposite sign, and
+  its default of 0 leaves the temperature where it started.
   """
   if start <= 0 or span <= 0:
-    raise ValueError(f"start and span must be positive, got {start} and {span}.")
+    raise ValueError(f"start and span must be positive, got {start} and {span}")
 
-  def init(key, example):
+  def init(key: jax.Array, example: Any) -> tuple[PyTree, PyTree]:
     del key, example
     return {"theta": jnp.asarray(initial, jnp.float32)}, {}
 
-  def apply(params, state, factor, *, train, key=None):
+  def apply(
+    params: PyTree, state: PyTree, factor: Any, *, train: bool, key: jax.Array | None = None
+  ) -> tuple[Any, PyTree]:
     del train, key
     factor = factor if isinstance(reversal, str) else reversal
     fixed = jax.lax.stop_gradient(params["theta"])
@@ -186,7 +189,7 @@ def _identity(x: jax.Array) -> jax.Array:
 
 
 class _Linear(nnx.Module):
-  def __init__(self, inputs, outputs, bias, rngs):
+  def __init__(self, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs) -> None:
     self.linear = nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=head_init, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> Outputs:
@@ -194,7 +197,7 @@ class _Linear(nnx.Module):
 
 
 class _Sequence(nnx.Module):
-  def __init__(self, layers, activations):
+  def __init__(self, layers: Sequence[Convolution], activations: Sequence[Activation]) -> None:
     self.layers = nnx.List(layers)
     self.activations = tuple(activations)
 
@@ -205,7 +208,7 @@ class _Sequence(nnx.Module):
 
 
 class _Embedding(nnx.Module):
-  def __init__(self, inputs, width, rngs):
+  def __init__(self, inputs: int, width: int, rngs: nnx.Rngs) -> None:
     self.linear = nnx.Linear(inputs, width, kernel_init=head_init, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> Outputs:
@@ -216,7 +219,7 @@ class _Gaussian(nnx.Module):
   _FLOOR = 1e-5
   _INITIAL = 5.0
 
-  def __init__(self, inputs, channels, rngs):
+  def __init__(self, inputs: int, channels: int, rngs: nnx.Rngs) -> None:
     widths = (inputs, channels, channels, channels)
     self.layers = nnx.List(
       nnx.Linear(a, b, use_bias=False, kernel_init=conv_init, rngs=rngs) for a, b in itertools.pairwise(widths)

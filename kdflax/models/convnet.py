@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from kdflax.model import Model, Outputs
 from kdflax.models.adapters import from_nnx
-from kdflax.models.layers import Convolution, check_dropout, check_rank, check_widths, classifier
+from kdflax.models.layers import Convolution, Dtype, check_dropout, check_rank, check_widths, classifier
 
 
 def convnet(
@@ -17,9 +16,9 @@ def convnet(
   *,
   dropout: float = 0.0,
   input: str = "image",
-  dtype: jnp.dtype | type | None = None,
+  dtype: Dtype | None = None,
 ) -> Model:
-  """Build a plain stack of 3x3 convolutions, BatchNorm and ReLU, with a global average pool before the classifier.
+  """Builds a plain stack of 3x3 convolutions, BatchNorm and ReLU, with a global average pool before the classifier.
 
   Every stage is one convolution; the first keeps the size of the image, each later one halves it. `features` are
   `stage1`, `stage2`, ... after the ReLU and `stage1_pre`, ... before it. Convolutions start He normal (fan-out).
@@ -41,9 +40,9 @@ def convnet(
   check_widths(widths=widths, num_classes=() if num_classes is None else (num_classes,))
   check_dropout(dropout)
   if not widths:
-    raise ValueError("widths must name at least one stage, got ().")
+    raise ValueError("widths must name at least one stage, got ()")
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _ConvNet:
     check_rank(example, 4, "convnet", "[batch, height, width, channels]")
     return _ConvNet(example.shape[-1], tuple(widths), num_classes, dropout, dtype, rngs)
 
@@ -51,7 +50,15 @@ def convnet(
 
 
 class _ConvNet(nnx.Module):
-  def __init__(self, channels, widths, num_classes, dropout, dtype, rngs):
+  def __init__(
+    self,
+    channels: int,
+    widths: Sequence[int],
+    num_classes: int | None,
+    dropout: float,
+    dtype: Dtype | None,
+    rngs: nnx.Rngs,
+  ) -> None:
     self.stages = nnx.List(
       Convolution(a, b, rngs, stride=1 if index == 0 else 2, dtype=dtype)
       for index, (a, b) in enumerate(zip((channels, *widths[:-1]), widths, strict=True))

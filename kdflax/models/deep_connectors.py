@@ -10,7 +10,7 @@ from flax import nnx
 
 from kdflax.model import Model, Outputs
 from kdflax.models.adapters import from_nnx
-from kdflax.models.layers import Convolution, check_rank, check_widths, head_init, unit_init
+from kdflax.models.layers import Activation, Convolution, check_rank, check_widths, head_init, unit_init
 from kdflax.numerics.pooling import pool_to_at_most
 
 _MAP = "[batch, height, width, channels]"
@@ -23,7 +23,7 @@ def review_fusion(
   sizes: Sequence[tuple[int, int]] | None = None,
   width: int | None = None,
 ) -> Model:
-  """Fuse the student's maps from the deepest to the shallowest, each fusion to be compared with one teacher map.
+  """Fuses the student's maps from the deepest to the shallowest, each fusion to be compared with one teacher map.
 
   At each level: a 1x1 convolution to the common width; a blend with what the level below left, enlarged to the nearest
   neighbour, by two gates per position, `sigmoid(conv([x, y]))`; then a 3x3 convolution to the teacher's channels. Every
@@ -43,21 +43,21 @@ def review_fusion(
     ValueError: if the lengths differ, two paths end alike, a number is not positive, or an input is neither a map nor a
       batch of vectors.
 
-  Reference: Pengguang Chen, Shu Liu, Hengshuang Zhao and Jiaya Jia, Distilling Knowledge via Knowledge Review, 2021,
+  Reference: Pengguang Chen, Shu Liu, Hengshuang Zhao and Jiaya Jia, "Distilling Knowledge via Knowledge Review", 2021,
   arXiv 2104.09044.
   """
   paths, channels = tuple(paths), tuple(channels)
   names = tuple(path.rsplit(".", 1)[-1] for path in paths)
   if not paths or len(channels) != len(paths) or (sizes is not None and len(sizes) != len(paths)):
-    raise ValueError(f"Give one entry per path: paths {paths}, channels {channels}, sizes {sizes}.")
+    raise ValueError(f"give one entry per path; got paths {paths}, channels {channels}, sizes {sizes}")
   if len(set(names)) != len(names):
-    raise ValueError(f"The outputs are named by the last part of each path, so these must differ: {names}.")
+    raise ValueError(f"the outputs are named by the last part of each path, so these must differ: {names}")
   check_widths(channels=channels, width=(1 if width is None else width,))
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: tuple[jax.ShapeDtypeStruct, ...]) -> _Review:
     for path, x in zip(paths, example, strict=True):
       if len(x.shape) not in (2, 4):
-        raise ValueError(f"review_fusion takes {_MAP} or [batch, features]; {path!r} is {tuple(x.shape)}.")
+        raise ValueError(f"review_fusion takes {_MAP} or [batch, features]; {path!r} is {tuple(x.shape)}")
     common = min(512, example[0].shape[-1]) if width is None else width
     return _Review(names, [x.shape[-1] for x in example], channels, sizes, common, rngs)
 
@@ -65,7 +65,7 @@ def review_fusion(
 
 
 def paraphraser(path: str, *, rate: float = 0.5) -> Model:
-  """Compress the teacher's map to factors, from which it can be rebuilt.
+  """Compresses the teacher's map to factors, from which it can be rebuilt.
 
   Three 3x3 convolutions each way, with BatchNorm and LeakyReLU (slope 0.1). Train it first on the squared error between
   `reconstruction` and the teacher's map; then freeze it, and compare `output` with that of a `translator`.
@@ -81,25 +81,25 @@ def paraphraser(path: str, *, rate: float = 0.5) -> Model:
   Raises:
     ValueError: if the rate is not positive or leaves no factor, or the input has not four axes.
 
-  Reference: Jangho Kim, SeongUk Park and Nojun Kwak, Paraphrasing Complex Network: Network Compression via Factor
-  Transfer, 2018, arXiv 1802.04977. The way back is written there as transposed convolutions, which at stride 1 are the
+  Reference: Jangho Kim, SeongUk Park and Nojun Kwak, "Paraphrasing Complex Network: Network Compression via Factor
+  Transfer", 2018, arXiv 1802.04977. The way back is written there as transposed convolutions, which at stride 1 are the
   same functions as the convolutions here.
   """
   if rate <= 0:
-    raise ValueError(f"rate must be positive, got {rate}.")
+    raise ValueError(f"rate must be positive, got {rate}")
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _Paraphraser:
     check_rank(example, 4, f"paraphraser({path!r})", _MAP)
     channels = example.shape[-1]
     if int(rate * channels) < 1:
-      raise ValueError(f"rate {rate} of {channels} channels leaves no factor; raise it to {1 / channels:g} or more.")
+      raise ValueError(f"rate {rate} of {channels} channels leaves no factor; raise it to {1 / channels:g} or more")
     return _Paraphraser(channels, int(rate * channels), rngs)
 
   return from_nnx(make, inputs=path, with_example=True)
 
 
 def translator(path: str, factors: int) -> Model:
-  """Map the student's features to the factors of a `paraphraser`.
+  """Maps the student's features to the factors of a `paraphraser`.
 
   Three 3x3 convolutions with BatchNorm and LeakyReLU (slope 0.1).
 
@@ -113,12 +113,12 @@ def translator(path: str, factors: int) -> Model:
   Raises:
     ValueError: if `factors` is not positive or the input has not four axes.
 
-  Reference: Jangho Kim, SeongUk Park and Nojun Kwak, Paraphrasing Complex Network: Network Compression via Factor
-  Transfer, 2018, arXiv 1802.04977.
+  Reference: Jangho Kim, SeongUk Park and Nojun Kwak, "Paraphrasing Complex Network: Network Compression via Factor
+  Transfer", 2018, arXiv 1802.04977.
   """
   check_widths(factors=(factors,))
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _Stack:
     check_rank(example, 4, f"translator({path!r})", _MAP)
     return _Stack((example.shape[-1], example.shape[-1], factors, factors), (3, 3, 3), _leaky, rngs)
 
@@ -132,7 +132,7 @@ def reused_head(
   size: tuple[int, int] | None = None,
   factor: int = 2,
 ) -> Model:
-  """Send the student's map through a projector into the teacher's classifier, which stays as it is.
+  """Sends the student's map through a projector into the teacher's classifier, which stays as it is.
 
   The projector is a bottleneck of 1x1, 3x3 and 1x1 convolutions with BatchNorm and ReLU. It is all that is learned:
   train it and the student on `hint(output, the teacher's last map)` alone. The classifier travels in `state`. Both stay
@@ -151,17 +151,17 @@ def reused_head(
   Raises:
     ValueError: if the head has no kernel of two axes, `factor` leaves no channel, or the input has not four axes.
 
-  Reference: Defang Chen, Jian-Ping Mei, Hailin Zhang, Can Wang, Yan Feng and Chun Chen, Knowledge Distillation with the
-  Reused Teacher Classifier (SimKD), 2022, arXiv 2203.14001.
+  Reference: Defang Chen, Jian-Ping Mei, Hailin Zhang, Can Wang, Yan Feng and Chun Chen, "Knowledge Distillation with
+  the Reused Teacher Classifier" (SimKD), 2022, arXiv 2203.14001.
   """
   if "kernel" not in head_params or head_params["kernel"].ndim != 2:
     found = {name: jnp.shape(value) for name, value in head_params.items()}
-    raise ValueError(f"head_params needs a kernel [width, classes]; got {found}.")
+    raise ValueError(f"head_params needs a kernel [width, classes]; got {found}")
   narrow = head_params["kernel"].shape[0] // factor if factor >= 1 else 0
   if narrow < 1:
-    raise ValueError(f"factor {factor} leaves no channel of a head {head_params['kernel'].shape[0]} wide.")
+    raise ValueError(f"factor {factor} leaves no channel of a head {head_params['kernel'].shape[0]} wide")
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _ReusedHead:
     check_rank(example, 4, f"reused_head({path!r})", _MAP)
     return _ReusedHead(example.shape[-1], narrow, head_params, size, rngs)
 
@@ -169,7 +169,7 @@ def reused_head(
 
 
 def _nearest(x: jax.Array, size: Sequence[int]) -> jax.Array:
-  """Enlarge or thin out a map: position i of m takes that of floor(i n / m)."""
+  """Enlarges or thins out a map: position i of m takes that of floor(i n / m)."""
   rows, columns = (np.arange(m) * n // m for n, m in zip(x.shape[1:3], size, strict=True))
   return x if x.shape[1:3] == tuple(size) else x[:, rows][:, :, columns]
 
@@ -181,7 +181,7 @@ def _leaky(x: jax.Array) -> jax.Array:
 class _Stack(nnx.Module):
   """Convolutions with BatchNorm, each followed by the activation."""
 
-  def __init__(self, widths, kernels, activation, rngs):
+  def __init__(self, widths: Sequence[int], kernels: Sequence[int], activation: Activation, rngs: nnx.Rngs) -> None:
     steps = zip(itertools.pairwise(widths), kernels, strict=True)
     self.layers = nnx.List(Convolution(a, b, rngs, kernel=kernel) for (a, b), kernel in steps)
     self.activation = activation
@@ -193,7 +193,7 @@ class _Stack(nnx.Module):
 
 
 class _Paraphraser(nnx.Module):
-  def __init__(self, channels, factors, rngs):
+  def __init__(self, channels: int, factors: int, rngs: nnx.Rngs) -> None:
     self.encoder = _Stack((channels, channels, factors, factors), (3, 3, 3), _leaky, rngs)
     self.decoder = _Stack((factors, factors, channels, channels), (3, 3, 3), _leaky, rngs)
 
@@ -203,12 +203,14 @@ class _Paraphraser(nnx.Module):
 
 
 class _Level(nnx.Module):
-  def __init__(self, inputs, width, outputs, blends, rngs):
+  def __init__(self, inputs: int, width: int, outputs: int, blends: bool, rngs: nnx.Rngs) -> None:
     self.enter = Convolution(inputs, width, rngs, kernel=1, init=unit_init)
     self.leave = Convolution(width, outputs, rngs, init=unit_init)
     self.gates = nnx.Linear(2 * width, 2, kernel_init=head_init, rngs=rngs) if blends else None
 
-  def __call__(self, x: jax.Array, below: jax.Array | None, size, train: bool) -> tuple[jax.Array, jax.Array]:
+  def __call__(
+    self, x: jax.Array, below: jax.Array | None, size: Sequence[int], train: bool
+  ) -> tuple[jax.Array, jax.Array]:
     x = self.enter(x, train)
     if self.gates is not None and below is not None:
       below = _nearest(below, x.shape[1:3])
@@ -219,7 +221,15 @@ class _Level(nnx.Module):
 
 
 class _Review(nnx.Module):
-  def __init__(self, names, inputs, outputs, sizes, width, rngs):
+  def __init__(
+    self,
+    names: Sequence[str],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    sizes: Sequence[tuple[int, int]] | None,
+    width: int,
+    rngs: nnx.Rngs,
+  ) -> None:
     self.names = names
     self.sizes = (None,) * len(names) if sizes is None else tuple(map(tuple, sizes))
     self.levels = nnx.List(
@@ -241,7 +251,9 @@ class _Frozen(nnx.Variable):
 
 
 class _ReusedHead(nnx.Module):
-  def __init__(self, inputs, narrow, head, size, rngs):
+  def __init__(
+    self, inputs: int, narrow: int, head: Mapping[str, jax.Array], size: tuple[int, int] | None, rngs: nnx.Rngs
+  ) -> None:
     self.projector = _Stack((inputs, narrow, narrow, head["kernel"].shape[0]), (1, 3, 1), jax.nn.relu, rngs)
     self.head = nnx.Dict({name: _Frozen(jnp.asarray(value)) for name, value in head.items()})
     self.size = size

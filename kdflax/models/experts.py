@@ -6,7 +6,8 @@ Heads, outputs and parameter paths are those of `sharing`; gates belong to their
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,19 @@ from flax import nnx
 
 from kdflax.model import Model, Outputs, PyTree
 from kdflax.models.adapters import from_nnx
-from kdflax.models.composition import compose, stacked
+from kdflax.models.composition import Run, compose, stacked
 from kdflax.models.layers import head_init
 from kdflax.models.sharing import Heads, by_task, checked_tasks
 
-Gate = Callable[[str, int], Model]  # (path that it reads, number of experts) -> output [batch, experts]
+
+class Gate(Protocol):
+  """`(path that it reads, number of experts) -> model` with `output` [batch, experts]."""
+
+  def __call__(self, path: str, count: int, /) -> Model: ...
 
 
 def mmoe(expert: Model, heads: Heads, *, num_experts: int = 4, input: str = "image") -> Model:
-  """Share several experts, which every task mixes by a gate of its own.
+  """Shares several experts, which every task mixes by a gate of its own.
 
   All outputs of the experts are mixed, features as well: `z_t = sum_e softmax(W_t x)_e f_e(x)`.
 
@@ -40,14 +45,14 @@ def mmoe(expert: Model, heads: Heads, *, num_experts: int = 4, input: str = "ima
   Raises:
     ValueError: if there are no heads or no experts, or a name cannot be part of a path.
 
-  Reference: Jiaqi Ma, Zhe Zhao, Xinyang Yi, Jilin Chen, Lichan Hong and Ed H. Chi, Modeling Task Relationships in
-  Multi-task Learning with Multi-gate Mixture-of-Experts, KDD 2018.
+  Reference: Jiaqi Ma, Zhe Zhao, Xinyang Yi, Jilin Chen, Lichan Hong and Ed H. Chi, "Modeling Task Relationships in
+  Multi-task Learning with Multi-gate Mixture-of-Experts", 2018.
   """
   return _extraction([expert], heads, num_experts, 0, input, _softmax_gate)
 
 
 def cgc(expert: Model, heads: Heads, *, shared_experts: int = 2, task_experts: int = 1, input: str = "image") -> Model:
-  """Mix shared experts and experts of one task: customised gate control, `ple` with one level.
+  """Mixes shared experts and experts of one task: customised gate control, `ple` with one level.
 
   Args:
     expert: a network, copied.
@@ -70,7 +75,7 @@ def cgc(expert: Model, heads: Heads, *, shared_experts: int = 2, task_experts: i
 def ple(
   levels: Sequence[Model], heads: Heads, *, shared_experts: int = 2, task_experts: int = 1, input: str = "image"
 ) -> Model:
-  """Extract features level by level, by shared experts and experts of one task: progressive layered extraction.
+  """Extracts features level by level, by shared experts and experts of one task: progressive layered extraction.
 
   At a level, a task mixes its own experts and the shared ones by a softmax gate. Between levels a shared gate mixes the
   experts of all, which is what the shared experts of the next level read.
@@ -93,8 +98,8 @@ def ple(
   Raises:
     ValueError: if there are no heads, levels or experts, or a name cannot be part of a path.
 
-  Reference: Hongyan Tang, Junning Liu, Ming Zhao and Xudong Gong, Progressive Layered Extraction (PLE): A Novel
-  Multi-Task Learning (MTL) Model for Personalized Recommendations, RecSys 2020. Widely used code has no shared gate and
+  Reference: Hongyan Tang, Junning Liu, Ming Zhao and Xudong Gong, "Progressive Layered Extraction (PLE): A Novel
+  Multi-Task Learning (MTL) Model for Personalized Recommendations", 2020. Widely used code has no shared gate and
   runs the shared experts once for every task instead.
   """
   return _extraction(levels, heads, shared_experts, task_experts, input, _softmax_gate)
@@ -110,7 +115,7 @@ def dselect_k(
   per_example: bool = False,
   input: str = "image",
 ) -> Model:
-  """Share several experts of which every task comes to select a few, by a gate that is smooth.
+  """Shares several experts of which every task comes to select a few, by a gate that is smooth.
 
   Selector i of a task writes the number of an expert in binary, each digit smoothed by the cubic step S: 0 below
   `-gamma / 2`, 1 above `gamma / 2`. It gives expert e the weight r_i(e), the product over the digits of `S(z_ij)` or
@@ -137,13 +142,13 @@ def dselect_k(
     ValueError: as `mmoe`, or if `num_selected` is below 1 or `gamma` is not positive.
 
   Reference: Hussein Hazimeh, Zhe Zhao, Aakanksha Chowdhery, Maheswaran Sathiamoorthy, Yihua Chen, Rahul Mazumder,
-  Lichan Hong and Ed H. Chi, DSelect-k: Differentiable Selection in the Mixture of Experts with Applications to
-  Multi-Task Learning, 2021, arXiv 2106.03760. In one widely used library the regulariser reaches no gradient.
+  Lichan Hong and Ed H. Chi, "DSelect-k: Differentiable Selection in the Mixture of Experts with Applications to
+  Multi-Task Learning", 2021, arXiv 2106.03760. In one widely used library the regulariser reaches no gradient.
   """
   if num_selected < 1 or not gamma > 0:
-    raise ValueError(f"num_selected must be at least 1 and gamma positive, got {num_selected} and {gamma}.")
+    raise ValueError(f"num_selected must be at least 1 and gamma positive, got {num_selected} and {gamma}")
 
-  def gate(path, count):
+  def gate(path: str, count: int) -> Model:
     make = lambda rngs, example: _SelectorGate(example, count, num_selected, gamma, per_example, rngs)
     return from_nnx(make, inputs=path, with_example=True)
 
@@ -151,31 +156,35 @@ def dselect_k(
 
 
 def smooth_step(t: jax.Array, gamma: float = 1.0) -> jax.Array:
-  """Return 0 below -gamma / 2, 1 above gamma / 2, and between the cubic that meets both with slope 0; [...]."""
+  """Returns 0 below -gamma / 2, 1 above gamma / 2, and between the cubic that meets both with slope 0; [...]."""
   t = jnp.clip(t / gamma, -0.5, 0.5)
   return 0.5 + 1.5 * t - 2 * t**3
 
 
-def _extraction(levels, heads: Heads, shared_experts: int, task_experts: int, input: str, gate: Gate) -> Model:
+def _extraction(
+  levels: Sequence[Model], heads: Heads, shared_experts: int, task_experts: int, input: str, gate: Gate
+) -> Model:
   tasks = checked_tasks(heads)
   if shared_experts < 1 or task_experts < 0 or not levels:
     raise ValueError(
-      "There must be at least one level, one shared expert and no negative number of task experts; got "
-      f"{len(levels)}, {shared_experts} and {task_experts}."
+      "there must be at least one level, one shared expert and no negative number of task experts; got "
+      f"{len(levels)}, {shared_experts} and {task_experts}"
     )
 
-  def path(task, level, part, last_shared):
+  def path(task: str, level: int, part: str, last_shared: int) -> str:
     """A part that reaches another task through the shared gates of later levels is shared."""
     own = level > last_shared
     return f"task/{task}/level{level}/{part}" if own else f"shared/level{level}/{part}_{task}"
 
-  def experts(run, path, model, count, source):
+  def experts(run: Run, path: str, model: Model, count: int, source: Mapping[str, Any]) -> list[Outputs]:
     return [run(path, stacked(model, count), source)] if count else []
 
-  def gated(run, path, reads, source, groups):
+  def gated(
+    run: Run, path: str, reads: str, source: Mapping[str, Any], groups: Sequence[PyTree]
+  ) -> tuple[Outputs, Outputs]:
     return _gated(lambda count: run(path, gate(reads, count), source), groups)
 
-  def forward(run, batch):
+  def forward(run: Run, batch: Any) -> Outputs:
     shared, own, gates, reads, depth = batch, {t: batch for t in tasks}, {}, input, len(levels)
     for level, expert in enumerate(levels, start=1):
       common = experts(run, f"shared/level{level}/experts", expert, shared_experts, shared)
@@ -195,7 +204,7 @@ def _extraction(levels, heads: Heads, shared_experts: int, task_experts: int, in
 
 
 def _gated(gate: Callable[[int], Outputs], groups: Sequence[PyTree]) -> tuple[Outputs, Outputs]:
-  """Stack the experts of all groups, ask the gate for their weights, and mix every output."""
+  """Stacks the experts of all groups, asks the gate for their weights, and mixes every output."""
   outputs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups)
   gates = gate(len(jax.tree.leaves(outputs)[0]))
   mix = lambda leaf: jnp.einsum("be,eb...->b...", gates["output"].astype(leaf.dtype), leaf)
@@ -206,12 +215,12 @@ def _softmax_gate(path: str, count: int) -> Model:
   return from_nnx(lambda rngs, example: _SoftmaxGate(example, count, rngs), inputs=path, with_example=True)
 
 
-def _width(example) -> int:
+def _width(example: jax.ShapeDtypeStruct) -> int:
   return math.prod(example.shape[1:])
 
 
 class _SoftmaxGate(nnx.Module):
-  def __init__(self, example, count, rngs):
+  def __init__(self, example: jax.ShapeDtypeStruct, count: int, rngs: nnx.Rngs) -> None:
     self.linear = nnx.Linear(_width(example), count, kernel_init=head_init, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> Outputs:
@@ -219,7 +228,15 @@ class _SoftmaxGate(nnx.Module):
 
 
 class _SelectorGate(nnx.Module):
-  def __init__(self, example, count, selected, gamma, per_example, rngs):
+  def __init__(
+    self,
+    example: jax.ShapeDtypeStruct,
+    count: int,
+    selected: int,
+    gamma: float,
+    per_example: bool,
+    rngs: nnx.Rngs,
+  ) -> None:
     bits = (count - 1).bit_length()
     self.count, self.gamma, self.per_example = count, gamma, per_example
     before = (_width(example),) if per_example else ()

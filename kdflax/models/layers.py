@@ -1,17 +1,34 @@
 """What the networks and the connectors share: initial weights, one layer, and checks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+Dtype = jnp.dtype | type
 
-def _scaled(draw: Callable, numerator: float, fan: str) -> Callable:
-  """Make an initializer: `draw` times sqrt(numerator / fan), for kernels [..., inputs, outputs]."""
 
-  def init(key, shape, dtype=jnp.float32):
+class Activation(Protocol):
+  """An elementwise function of an array."""
+
+  def __call__(self, x: jax.Array, /) -> jax.Array: ...
+
+
+class Draw(Protocol):
+  """`(key, shape, dtype) -> random numbers`."""
+
+  def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any, /) -> jax.Array: ...
+
+
+def _scaled(draw: Draw, numerator: float, fan: str) -> nnx.Initializer:
+  """Makes an initializer: `draw` times sqrt(numerator / fan), for kernels [..., inputs, outputs]."""
+
+  def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
+    del out_sharding
     # Drawn flat: the same numbers, and a draw with four axes takes XLA about five times as long to compile on a CPU.
     flat = draw(key, (math.prod(shape),), dtype).reshape(shape)
     size = math.prod(shape[:-1]) if fan == "in" else math.prod(shape[:-2]) * shape[-1]
@@ -20,7 +37,7 @@ def _scaled(draw: Callable, numerator: float, fan: str) -> Callable:
   return init
 
 
-def _symmetric(key, shape, dtype):
+def _symmetric(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
   return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
 
 
@@ -39,7 +56,18 @@ class Convolution(nnx.Module):
   trained elsewhere would not fit.
   """
 
-  def __init__(self, inputs, outputs, rngs, *, kernel=3, stride=1, batch_norm=True, init=conv_init, dtype=None):
+  def __init__(
+    self,
+    inputs: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    batch_norm: bool = True,
+    init: nnx.Initializer = conv_init,
+    dtype: Dtype | None = None,
+  ) -> None:
     self.conv = nnx.Conv(
       inputs,
       outputs,
@@ -58,28 +86,30 @@ class Convolution(nnx.Module):
     return x if self.norm is None else self.norm(x, use_running_average=not train)
 
 
-def classifier(inputs: int, num_classes: int | None, dtype, rngs: nnx.Rngs) -> nnx.Linear | None:
-  """Make the last layer of a classifier, or nothing for an encoder."""
+def classifier(inputs: int, num_classes: int | None, dtype: Dtype | None, rngs: nnx.Rngs) -> nnx.Linear | None:
+  """Makes the last layer of a classifier, or nothing for an encoder."""
   if num_classes is None:
     return None
   return nnx.Linear(inputs, num_classes, kernel_init=head_init, dtype=dtype, rngs=rngs)
 
 
 def check_widths(**widths: Sequence[int]) -> None:
-  """Raise ValueError, naming the argument, unless every width is a positive integer."""
+  """Raises a ValueError, naming the argument, unless every width is a positive integer."""
   for name, values in widths.items():
+    if any(isinstance(value, bool) or not isinstance(value, int | np.integer) for value in values):
+      raise ValueError(f"{name} must be whole numbers, got {tuple(values)}")
     if any(value < 1 for value in values):
-      raise ValueError(f"{name} must be at least 1, got {tuple(values)}.")
+      raise ValueError(f"{name} must be at least 1, got {tuple(values)}")
 
 
 def check_dropout(rate: float) -> None:
-  """Raise ValueError unless the rate is a probability below 1."""
+  """Raises a ValueError unless the rate is a probability below 1."""
   if not 0 <= rate < 1:
-    raise ValueError(f"dropout must be in [0, 1), got {rate}.")
+    raise ValueError(f"dropout must be in [0, 1), got {rate}")
 
 
 def check_rank(x: jax.Array | jax.ShapeDtypeStruct, rank: int, name: str, axes: str) -> None:
-  """Raise unless an input has the number of axes that a model is written for.
+  """Raises unless an input has the number of axes that a model is written for.
 
   Args:
     x: the array, or its shape.
@@ -91,4 +121,4 @@ def check_rank(x: jax.Array | jax.ShapeDtypeStruct, rank: int, name: str, axes: 
     ValueError: for any other number of axes.
   """
   if len(x.shape) != rank:
-    raise ValueError(f"{name} takes an input of shape {axes}, got {tuple(x.shape)}; reshape it to {rank} axes.")
+    raise ValueError(f"{name} takes an input of shape {axes}, got {tuple(x.shape)}; reshape it to {rank} axes")

@@ -2,15 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from kdflax.model import Model, Outputs
 from kdflax.models.adapters import from_nnx
-from kdflax.models.layers import check_dropout, check_widths, classifier, hidden_init
+from kdflax.models.layers import Activation, Dtype, check_dropout, check_widths, classifier, hidden_init
 
 
 def mlp(
@@ -18,11 +17,11 @@ def mlp(
   num_classes: int | None = 10,
   *,
   dropout: float = 0.0,
-  activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+  activation: Activation = jax.nn.relu,
   input: str = "image",
-  dtype: jnp.dtype | type | None = None,
+  dtype: Dtype | None = None,
 ) -> Model:
-  """Build a multilayer perceptron over the flattened input.
+  """Builds a multilayer perceptron over the flattened input.
 
   `features` are `hidden1`, `hidden2`, ... after the activation and before dropout, and `hidden1_pre`, ... before the
   activation. `embedding` is the last of them, or the flattened input if `hidden` is empty (a linear classifier).
@@ -45,16 +44,25 @@ def mlp(
   check_widths(hidden=hidden, num_classes=() if num_classes is None else (num_classes,))
   check_dropout(dropout)
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _MLP:
     if len(example.shape) < 2:
-      raise ValueError(f"mlp takes an input of shape [batch, ...], got {tuple(example.shape)}; add a batch axis.")
+      raise ValueError(f"mlp takes an input of shape [batch, ...], got {tuple(example.shape)}; add a batch axis")
     return _MLP(math.prod(example.shape[1:]), tuple(hidden), num_classes, dropout, activation, dtype, rngs)
 
   return from_nnx(make, input=input, with_example=True)
 
 
 class _MLP(nnx.Module):
-  def __init__(self, size, hidden, num_classes, dropout, activation, dtype, rngs):
+  def __init__(
+    self,
+    size: int,
+    hidden: Sequence[int],
+    num_classes: int | None,
+    dropout: float,
+    activation: Activation,
+    dtype: Dtype | None,
+    rngs: nnx.Rngs,
+  ) -> None:
     widths = (size, *hidden)
     self.hidden = nnx.List(
       nnx.Linear(a, b, kernel_init=hidden_init, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from kdflax.model import Model, Outputs
 from kdflax.models.adapters import from_nnx
-from kdflax.models.layers import Convolution, check_rank, check_widths, classifier
+from kdflax.models.layers import Convolution, Dtype, check_rank, check_widths, classifier
 
 _PLAIN = (16, 16, 32, 64)
 _WIDE = (32, 64, 128, 256)
@@ -25,9 +24,9 @@ def resnet(
   *,
   widths: Sequence[int] | None = None,
   input: str = "image",
-  dtype: jnp.dtype | type | None = None,
+  dtype: Dtype | None = None,
 ) -> Model:
-  """Build a CIFAR residual network of basic blocks, 6 n + 2 layers deep.
+  """Builds a CIFAR residual network of basic blocks, 6 n + 2 layers deep.
 
   A 3x3 stem, then three stages of n blocks, then the global average pool. Stages 2 and 3 halve the image. Where the
   size or the width changes, the shortcut is a 1x1 convolution with BatchNorm. Convolutions start He normal (fan-out).
@@ -51,16 +50,16 @@ def resnet(
     ValueError: if the depth is not 6 n + 2, the name is unknown, `widths` is given with a name or is not four positive
       numbers, or the input has not four axes.
 
-  Reference: Kaiming He, Xiangyu Zhang, Shaoqing Ren and Jian Sun, Deep Residual Learning for Image Recognition, 2015,
+  Reference: Kaiming He, Xiangyu Zhang, Shaoqing Ren and Jian Sun, "Deep Residual Learning for Image Recognition", 2015,
   arXiv 1512.03385; the x4 widths and the shortcut are those of Yonglong Tian, Dilip Krishnan and Phillip Isola,
-  Contrastive Representation Distillation, 2019, arXiv 1910.10699. The original pads the shortcut with zeros instead.
+  "Contrastive Representation Distillation", 2019, arXiv 1910.10699. The original pads the shortcut with zeros instead.
   Widely used code draws the bias of the classifier uniformly and averages the unbiased variance of the batch; here the
   bias starts at zero and the variance is the one that normalises.
   """
   layers, channels = _architecture(depth, widths)
   check_widths(widths=channels, num_classes=() if num_classes is None else (num_classes,))
 
-  def make(rngs, example):
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _ResNet:
     check_rank(example, 4, "resnet", "[batch, height, width, channels]")
     return _ResNet(example.shape[-1], (layers - 2) // 6, channels, num_classes, dtype, rngs)
 
@@ -70,22 +69,22 @@ def resnet(
 def _architecture(depth: int | str, widths: Sequence[int] | None) -> tuple[int, tuple[int, ...]]:
   if isinstance(depth, str):
     if depth not in RESNETS:
-      raise ValueError(f"Unknown resnet {depth!r}; the names are {', '.join(RESNETS)}.")
+      raise ValueError(f"unknown resnet {depth!r}; the names are {', '.join(RESNETS)}")
     if widths is not None:
-      raise ValueError(f"The name {depth!r} fixes the widths; give the depth as a number to choose {tuple(widths)}.")
+      raise ValueError(f"the name {depth!r} fixes the widths; give the depth as a number to choose {tuple(widths)}")
     return RESNETS[depth]
   if depth < 8 or depth % 6 != 2:
-    raise ValueError(f"The depth of a CIFAR resnet is 6 n + 2 (8, 14, 20, 26, 32, ...), got {depth}.")
+    raise ValueError(f"the depth of a CIFAR resnet is 6 n + 2 (8, 14, 20, 26, 32, ...), got {depth}")
   channels = _PLAIN if widths is None else tuple(widths)
   if len(channels) != 4:
-    raise ValueError(f"widths must be four numbers, for the stem and three stages; got {channels}.")
+    raise ValueError(f"widths must be four numbers, for the stem and three stages; got {channels}")
   return depth, channels
 
 
 class _Block(nnx.Module):
-  """Return the sum before the last ReLU, which belongs to whoever uses it."""
+  """Returns the sum before the last ReLU, which belongs to whoever uses it."""
 
-  def __init__(self, inputs, outputs, stride, dtype, rngs):
+  def __init__(self, inputs: int, outputs: int, stride: int, dtype: Dtype | None, rngs: nnx.Rngs) -> None:
     self.first = Convolution(inputs, outputs, rngs, stride=stride, dtype=dtype)
     self.second = Convolution(outputs, outputs, rngs, dtype=dtype)
     changes = stride != 1 or inputs != outputs
@@ -97,7 +96,15 @@ class _Block(nnx.Module):
 
 
 class _ResNet(nnx.Module):
-  def __init__(self, channels, blocks, widths, num_classes, dtype, rngs):
+  def __init__(
+    self,
+    channels: int,
+    blocks: int,
+    widths: Sequence[int],
+    num_classes: int | None,
+    dtype: Dtype | None,
+    rngs: nnx.Rngs,
+  ) -> None:
     self.stem = Convolution(channels, widths[0], rngs, dtype=dtype)
     self.stages = nnx.List(
       nnx.List(

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdflax.model import Model, Outputs
+from kdflax.model import Model, Outputs, PyTree, lookup
 from kdflax.models.adapters import from_nnx
-from kdflax.models.composition import Run, compose, look_up, stacked, unstack
+from kdflax.models.composition import Run, compose, stacked, unstack
 from kdflax.models.layers import check_widths, head_init, hidden_init
 from kdflax.numerics.pooling import pool_to_at_most
 
@@ -31,7 +31,7 @@ Heads = Mapping[str, Model]
 
 
 def task_head(width: int | None = None, *, hidden: Sequence[int] = (), reads: str = "embedding") -> Model:
-  """Map the last axis of an encoder's output to the prediction of a task.
+  """Maps the last axis of an encoder's output to the prediction of a task.
 
   A classification has one output for each class, a regression one for each target. On a feature map the layers work
   position by position, as 1x1 convolutions: a dense prediction.
@@ -54,7 +54,7 @@ def task_head(width: int | None = None, *, hidden: Sequence[int] = (), reads: st
 
 
 def hard_sharing(encoder: Model, heads: Heads) -> Model:
-  """Share one encoder between all tasks.
+  """Shares one encoder between all tasks.
 
   Args:
     encoder: a network; its `embedding` and `features` are the outputs of the whole.
@@ -66,11 +66,11 @@ def hard_sharing(encoder: Model, heads: Heads) -> Model:
   Raises:
     ValueError: if there are no heads, or a name cannot be part of a path.
 
-  Reference: Rich Caruana, Multitask Learning: A Knowledge-Based Source of Inductive Bias, 1993.
+  Reference: Rich Caruana, "Multitask Learning: A Knowledge-Based Source of Inductive Bias", 1993.
   """
   tasks = checked_tasks(heads)
 
-  def forward(run, batch):
+  def forward(run: Run, batch: Any) -> Outputs:
     outputs = run("shared", encoder, batch)
     return outputs | {"logits": predict(run, heads, {task: outputs for task in tasks})}
 
@@ -78,7 +78,7 @@ def hard_sharing(encoder: Model, heads: Heads) -> Model:
 
 
 def soft_sharing(encoder: Model, heads: Heads) -> Model:
-  """Give every task a network of its own, all run by one vmapped call.
+  """Gives every task a network of its own, all run by one vmapped call.
 
   Without a coupling these are independent networks. Couple them in training by a penalty on what is stacked:
 
@@ -94,12 +94,12 @@ def soft_sharing(encoder: Model, heads: Heads) -> Model:
   Raises:
     ValueError: as `hard_sharing`.
 
-  Reference: Long Duong, Trevor Cohn, Steven Bird and Paul Cook, Low Resource Dependency Parsing: Cross-lingual
-  Parameter Sharing in a Neural Network Parser, 2015.
+  Reference: Long Duong, Trevor Cohn, Steven Bird and Paul Cook, "Low Resource Dependency Parsing: Cross-lingual
+  Parameter Sharing in a Neural Network Parser", 2015.
   """
   tasks = checked_tasks(heads)
 
-  def forward(run, batch):
+  def forward(run: Run, batch: Any) -> Outputs:
     outputs = run("stacked", stacked(encoder, len(tasks)), batch)
     return by_task(run, heads, dict(zip(tasks, unstack(outputs), strict=True)))
 
@@ -107,7 +107,7 @@ def soft_sharing(encoder: Model, heads: Heads) -> Model:
 
 
 def feature_sharing(extractor: Model, towers: Model | Mapping[str, Model], heads: Heads) -> Model:
-  """Share a feature extractor, and give every task deeper layers of its own.
+  """Shares a feature extractor, and gives every task deeper layers of its own.
 
   Args:
     extractor: a network.
@@ -125,9 +125,9 @@ def feature_sharing(extractor: Model, towers: Model | Mapping[str, Model], heads
   tasks = checked_tasks(heads)
   towers = dict.fromkeys(tasks, towers) if isinstance(towers, Model) else towers
   if set(towers) != set(tasks):
-    raise ValueError(f"towers are for the tasks {sorted(towers)}, heads for {sorted(tasks)}; name the same.")
+    raise ValueError(f"towers are for the tasks {sorted(towers)}, heads for {sorted(tasks)}; name the same")
 
-  def forward(run, batch):
+  def forward(run: Run, batch: Any) -> Outputs:
     shared = run("shared", extractor, batch)
     own = {task: run(f"task/{task}/tower", towers[task], shared) for task in tasks}
     return by_task(run, heads, own) | {"shared": shared}
@@ -136,7 +136,7 @@ def feature_sharing(extractor: Model, towers: Model | Mapping[str, Model], heads
 
 
 def cross_stitch(stages: Sequence[Model], heads: Heads, *, self_weight: float = 0.9) -> Model:
-  """Let the networks of all tasks exchange features between their stages.
+  """Lets the networks of all tasks exchange features between their stages.
 
   Before every stage but the first, task t reads `sum_j A[t, j] h_j` of the outputs h_j that the stage before gave for
   each task: one learned [tasks, tasks] matrix A for every such place.
@@ -154,15 +154,15 @@ def cross_stitch(stages: Sequence[Model], heads: Heads, *, self_weight: float = 
   Raises:
     ValueError: as `hard_sharing`, or if there are no stages.
 
-  Reference: Ishan Misra, Abhinav Shrivastava, Abhinav Gupta and Martial Hebert, Cross-stitch Networks for Multi-task
-  Learning, 2016, arXiv 1604.03539. The paper also has a matrix for each channel. Widely used code starts A at ones,
+  Reference: Ishan Misra, Abhinav Shrivastava, Abhinav Gupta and Martial Hebert, "Cross-stitch Networks for Multi-task
+  Learning", 2016, arXiv 1604.03539. The paper also has a matrix for each channel. Widely used code starts A at ones,
   which makes all tasks alike and features `tasks` times too large.
   """
   tasks = checked_tasks(heads)
   if not stages:
-    raise ValueError("cross_stitch: stages must name at least one network.")
+    raise ValueError("cross_stitch: stages must name at least one network")
 
-  def forward(run, batch):
+  def forward(run: Run, batch: Any) -> Outputs:
     outputs = run("shared/stage0", stacked(stages[0], len(tasks)), batch)
     for index, stage in enumerate(stages[1:], start=1):
       outputs = run(f"shared/stitch{index}", _stitch(len(tasks), self_weight), outputs)
@@ -173,7 +173,7 @@ def cross_stitch(stages: Sequence[Model], heads: Heads, *, self_weight: float = 
 
 
 def mtan(encoder: Model, heads: Heads, *, layers: Sequence[str]) -> Model:
-  """Share one encoder, and let every task choose among its features by attention masks.
+  """Shares one encoder, and lets every task choose among its features by attention masks.
 
   For task t, with p_l the shared features at layer l and z_l what the task makes of them:
 
@@ -195,17 +195,17 @@ def mtan(encoder: Model, heads: Heads, *, layers: Sequence[str]) -> Model:
   Raises:
     ValueError: as `hard_sharing`, or if there are no layers or the encoder has none of that name.
 
-  Reference: Shikun Liu, Edward Johns and Andrew J. Davison, End-to-End Multi-Task Learning with Attention, 2019,
+  Reference: Shikun Liu, Edward Johns and Andrew J. Davison, "End-to-End Multi-Task Learning with Attention", 2019,
   arXiv 1803.10704. Left out: BatchNorm in the masks, and the 3x3 convolutions between layers.
   """
   tasks = checked_tasks(heads)
   if isinstance(layers, str) or not layers:
-    raise ValueError(f"mtan: layers must be a sequence of at least one path, got {layers!r}.")
+    raise ValueError(f"mtan: layers must be a sequence of at least one path, got {layers!r}")
 
-  def attend(run, task, shared):
+  def attend(run: Run, task: str, shared: Outputs) -> Outputs:
     features, source, reads = {}, {}, ("shared",)
     for index, layer in enumerate(layers, start=1):
-      source["shared"] = look_up(shared, layer)
+      source["shared"] = lookup(shared, layer)
       if index > 1:
         previous, reads = features[_name(layers[index - 2])], ("shared", "previous")
         source["previous"] = pool_to_at_most(previous, source["shared"].shape[1:3]) if previous.ndim == 4 else previous
@@ -213,7 +213,7 @@ def mtan(encoder: Model, heads: Heads, *, layers: Sequence[str]) -> Model:
     last = features[_name(layers[-1])]
     return {"embedding": last.mean((1, 2)) if last.ndim == 4 else last, "features": features}
 
-  def forward(run, batch):
+  def forward(run: Run, batch: Any) -> Outputs:
     shared = run("shared", encoder, batch)
     return by_task(run, heads, {task: attend(run, task, shared) for task in tasks}) | {"shared": shared}
 
@@ -221,23 +221,23 @@ def mtan(encoder: Model, heads: Heads, *, layers: Sequence[str]) -> Model:
 
 
 def checked_tasks(heads: Heads) -> tuple[str, ...]:
-  """Return the names of the tasks, or raise ValueError if they cannot be parts of a path."""
+  """Returns the names of the tasks, or raises a ValueError if they cannot be parts of a path."""
   if not heads:
-    raise ValueError("heads must have a model for at least one task, got {}.")
+    raise ValueError("heads must have a model for at least one task, got {}")
   bad = [task for task in heads if not task or "/" in task or "." in task]
   if bad:
-    raise ValueError(f"The names of tasks are parts of paths, without '/' and '.'; got {bad}.")
+    raise ValueError(f"the names of tasks are parts of paths, without '/' and '.'; got {bad}")
   return tuple(heads)
 
 
 def by_task(run: Run, heads: Heads, own: Mapping[str, Outputs]) -> Outputs:
-  """Run every head on the outputs of its task, and turn outputs by task into tasks by output."""
+  """Runs every head on the outputs of its task, and turns outputs by task into tasks by output."""
   names = [name for name in next(iter(own.values())) if name != "logits"]
   return {"logits": predict(run, heads, own)} | {name: {task: own[task][name] for task in heads} for name in names}
 
 
 def predict(run: Run, heads: Heads, own: Mapping[str, Outputs]) -> dict[str, Any]:
-  """Run every head; a head names its result `output`, as connectors do, or `logits`."""
+  """Runs every head; a head names its result `output`, as connectors do, or `logits`."""
   results = {task: run(f"task/{task}/head", head, own[task]) for task, head in heads.items()}
   return {task: result["logits"] if "logits" in result else result["output"] for task, result in results.items()}
 
@@ -250,11 +250,13 @@ def _stitch(tasks: int, self_weight: float) -> Model:
   others = (1 - self_weight) / max(tasks - 1, 1)
   diagonal = self_weight if tasks > 1 else 1.0
 
-  def init(key, outputs):
+  def init(key: jax.Array, outputs: Any) -> tuple[PyTree, PyTree]:
     del key, outputs
     return {"matrix": jnp.where(jnp.eye(tasks, dtype=bool), diagonal, others)}, {}
 
-  def apply(params, state, outputs, *, train, key=None):
+  def apply(
+    params: PyTree, state: PyTree, outputs: Any, *, train: bool, key: jax.Array | None = None
+  ) -> tuple[Any, PyTree]:
     del train, key
     mix = lambda leaf: jnp.tensordot(params["matrix"].astype(leaf.dtype), leaf, axes=1)
     return jax.tree.map(mix, outputs), state
@@ -267,7 +269,7 @@ def _attention(reads: tuple[str, ...]) -> Model:
 
 
 class _Head(nnx.Module):
-  def __init__(self, inputs, hidden, width, rngs):
+  def __init__(self, inputs: int, hidden: Sequence[int], width: int | None, rngs: nnx.Rngs) -> None:
     widths = (inputs, *hidden)
     self.hidden = nnx.List(
       nnx.Linear(a, b, kernel_init=hidden_init, rngs=rngs) for a, b in zip(widths[:-1], hidden, strict=True)
@@ -283,7 +285,7 @@ class _Head(nnx.Module):
 
 
 class _Attention(nnx.Module):
-  def __init__(self, examples, rngs):
+  def __init__(self, examples: Sequence[jax.ShapeDtypeStruct], rngs: nnx.Rngs) -> None:
     width = examples[0].shape[-1]
     self.first = nnx.Linear(sum(x.shape[-1] for x in examples), width, kernel_init=hidden_init, rngs=rngs)
     self.second = nnx.Linear(width, width, kernel_init=head_init, rngs=rngs)

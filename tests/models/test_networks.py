@@ -158,19 +158,25 @@ def test_float64_stays():
   [
     (lambda: models.resnet(21), r"6 n \+ 2.*got 21"),
     (lambda: models.resnet(2), r"6 n \+ 2.*got 2"),
-    (lambda: models.resnet("resnet18"), r"Unknown resnet 'resnet18'; the names are resnet8, .*resnet32x4"),
+    (lambda: models.resnet("resnet18"), r"unknown resnet 'resnet18'; the names are resnet8, .*resnet32x4"),
     (lambda: models.resnet("resnet20", widths=(1, 2, 3, 4)), "fixes the widths"),
     (lambda: models.resnet(20, widths=(1, 2, 3)), r"four numbers.*\(1, 2, 3\)"),
     (lambda: models.resnet(20, num_classes=0), r"num_classes must be at least 1, got \(0,\)"),
     (lambda: models.mlp((4, 0)), r"hidden must be at least 1, got \(4, 0\)"),
+    (lambda: models.mlp((-3,)), r"hidden must be at least 1, got \(-3,\)"),
+    (lambda: models.mlp((8.0,)), r"hidden must be whole numbers, got \(8.0,\)"),
+    (lambda: models.mlp((True,)), r"hidden must be whole numbers, got \(True,\)"),
+    (lambda: models.task_head(3, hidden=(4, 0)), r"hidden must be at least 1, got \(4, 0\)"),
+    (lambda: models.convnet((8, -1)), r"widths must be at least 1, got \(8, -1\)"),
     (lambda: models.mlp(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
     (lambda: models.convnet(()), "at least one stage"),
     (lambda: models.convnet(dropout=-0.1), "dropout"),
   ],
 )
 def test_bad_settings(make, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as caught:
     make()
+  assert not str(caught.value).endswith(".")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 
 from kdflax import models
 from kdflax.models.experts import smooth_step
-from kdflax.models.sharing import _stitch
 
 KEY = jax.random.key(0)
 BATCH = {"image": jax.random.normal(jax.random.key(1), (4, 3, 2))}
@@ -213,9 +212,13 @@ def test_copies_start_apart():
 
 
 def test_a_stitch_starts_as_a_convex_combination():
-  params, _ = _stitch(3, 0.8).init(KEY, {})
-  np.testing.assert_allclose(params["matrix"], np.full((3, 3), 0.1) + 0.7 * np.eye(3), rtol=1e-6)
-  np.testing.assert_array_equal(_stitch(1, 0.8).init(KEY, {})[0]["matrix"], [[1.0]])
+  def matrix(count):
+    heads = {f"task{index}": models.task_head(2) for index in range(count)}
+    params, _ = models.cross_stitch((ENCODER, NEXT), heads, self_weight=0.8).init(KEY, BATCH)
+    return params["shared"]["stitch1"]["matrix"]
+
+  np.testing.assert_allclose(matrix(3), np.full((3, 3), 0.1) + 0.7 * np.eye(3), rtol=1e-6)
+  np.testing.assert_array_equal(matrix(1), [[1.0]])
 
 
 def test_smooth_step_joins_its_ends_smoothly():
