@@ -259,6 +259,11 @@ def _is_of(path: str, stopped: str) -> bool:
   return lies_below(path, stopped) or ("." not in stopped and lies_below(path, f"params.{stopped}"))
 
 
+def compares_examples(term: Term) -> bool:
+  """Whether the value of an example depends on the others, as that of every loss that takes `axis_name`."""
+  return "axis_name" in _parameters(_innermost(term.loss))
+
+
 def is_watched(term: Term) -> bool:
   """Whether a Term is only watched: its weight is the number 0."""
   return isinstance(term.weight, int | float) and term.weight == 0

@@ -1,12 +1,14 @@
 """What a learner refuses, and how it says so: settings when they are made, the rest before the first step."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from kdflax.model import Model, PyTree, Variables
-from kdflax.objectives import Term, is_watched, stopped_arguments
+from kdflax.objectives import Term, compares_examples, is_watched, stopped_arguments
 from kdflax.training.forward import RESERVED, models_at, models_read
 from kdflax.training.state import Average, Penalty, TrainState
 
@@ -109,6 +111,43 @@ def check_scalars(penalties: Mapping[str, Penalty], params: dict[str, PyTree]) -
     shape = jax.eval_shape(penalty.function, params).shape
     if shape:
       raise ValueError(f"penalty {name!r} must return a scalar, it has shape {shape}; sum over it")
+
+
+def check_optimizer(optimizer: Any, opt_state: PyTree, params: PyTree) -> None:
+  """Refuses an optimizer that an update cannot give what it needs."""
+  if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+    return
+  update = lambda gradient, state: optimizer.update(gradient, state, gradient, value=jnp.float32(0), grad=gradient)
+  try:
+    jax.eval_shape(update, params, opt_state)
+  except TypeError as error:
+    raise ValueError(
+      f"the optimizer needs more than gradient, params and the value of the objective: {error}; one that evaluates the"
+      " objective anew has no place in a step: give optax.lbfgs linesearch=None and a learning rate, say"
+    ) from error
+
+
+def check_accumulates(
+  opt_state: PyTree, terms: Mapping[str, Term], averages: Mapping[str, Average], balanced: bool
+) -> None:
+  """Refuses `optax.MultiSteps` where the mean of small updates is not the update of the large batch."""
+  holds = lambda node: isinstance(node, optax.MultiStepsState)
+  if not any(map(holds, jax.tree.leaves(opt_state, is_leaf=holds))):
+    return
+  weighed = {name: term for name, term in terms.items() if not is_watched(term)}
+  wrong = {
+    "averages": list(averages),
+    "the balancer of the terms": list(weighed) if balanced else [],
+    "masks of the terms": [name for name, term in weighed.items() if "where" in term.inputs],
+    "relations of the terms": [name for name, term in weighed.items() if compares_examples(term)],
+  }
+  wrong = {what: names for what, names in wrong.items() if names}
+  if wrong:
+    named = ", ".join(f"{what} {names}" for what, names in wrong.items())
+    raise ValueError(
+      f"optax.MultiSteps gives another update than the large batch does, for {named}; take its optimizer without it,"
+      " and give the step the large batch"
+    )
 
 
 def check_terms_train(terms: Mapping[str, Term], trained: set[str]) -> None:

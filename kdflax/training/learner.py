@@ -18,6 +18,7 @@ from kdflax.training import checks
 from kdflax.training.forward import init_models, run_fixed, run_trained, start_context
 from kdflax.training.mesh import replicated
 from kdflax.training.state import Average, Penalty, TrainState
+from kdflax.training.update import at, followed, follower, over_devices, penalize, unless_spoilt, widened
 
 Balancing = balancing.Balancer | balancing.Combiner | None
 
@@ -52,6 +53,7 @@ class _Program(NamedTuple):
   shared: str | None
   weigh_own: bool
   batch_size: int | None
+  skip_not_finite: bool
   sample: Sample | None
   axis_name: AxisName
 
@@ -68,6 +70,7 @@ def make_learner(
   shared: str | None = None,
   weigh_own: bool = True,
   batch_size: int | None = None,
+  skip_not_finite: bool = False,
   sample: Sample | None = None,
   axis_name: AxisName = None,
 ) -> Learner:
@@ -80,14 +83,20 @@ def make_learner(
   Args:
     models: all models by name, connectors included.
     terms: the objective.
-    optimizer: updates the params of all models that are neither frozen nor averages.
-    averages: models that follow another by a moving average, by name (mean teacher, momentum encoder).
+    optimizer: updates the params of all models that are neither frozen nor averages. One that needs the value of the
+      objective (`optax.contrib.reduce_on_plateau`, `optax.polyak_sgd`) is given the sum of the weighted Terms and
+      penalties; one that evaluates the objective anew (the line search of `optax.lbfgs`) is refused.
+    averages: models that follow another by a moving average, by name (mean teacher, momentum encoder). The state holds
+      them in float32 or wider whatever the params are, or small steps would be lost; the model gets them in the params'
+      own dtype.
     penalties: costs of the trained params (a coupling between tasks) by name. They are no rows: a balancer never sees
       them, and their gradient, times their weight, is added to the update that it makes of the rows. The metrics hold
       the unweighted values.
     balancer: how rows of the objective become one update; by default their sum. A row whose loss or gradient is not
       finite is then absent, as one without examples is (see `balancing.update_rows`), and the params stay finite if all
-      that a model computes is. Without a balancer it spoils the params, and the loss in the log says so.
+      that a model computes is; the metric `present/ROW` is 1 where the row took part. Without a balancer it spoils the
+      params, and the log need not show it: XLA's `relu` and maximum drop NaN on a CPU, so the loss may be finite again
+      while the params are lost. `skip_not_finite` prevents it.
     rows: names of the terms that are added before the balancer sees them, by name of the row; by default each term is a
       row. A term whose weight is the number 0 is only watched and needs none. A row is absent at a step where all its
       weights are 0, as a schedule may say.
@@ -98,6 +107,9 @@ def make_learner(
     batch_size: for a balancer or Combiner that looks at the gradient of each row: how many rows go back at a time. All
       by default, which is fastest and takes the memory of as many backward passes as there are rows; with 1 it is that
       of one, as in `balancing.task_gradients`.
+    skip_not_finite: whether an update is left out whose gradient is not finite, or that would make something of the
+      state so that was finite: params, statistics, optimizer, balancer and averages stay as they are, and only the
+      number of steps moves. The metric `skipped` is 1 then, and the others do not count that step.
     sample: `(data, key, step) -> batch`, to draw batches from arrays that stay on the device.
     axis_name: mapped axis when the step runs inside `pmap` or `shard_map`; gradients and floating-point statistics are
       then averaged over it, while counters and other integers stay each device's own. None under plain `jit`, on a mesh
@@ -125,6 +137,7 @@ def make_learner(
     shared,
     weigh_own,
     batch_size,
+    skip_not_finite,
     sample,
     axis_name,
   )
@@ -154,13 +167,16 @@ def _init(program: _Program, key: jax.Array, data: PyTree, frozen: Variables | N
   shared_params, _ = partition(params, program.shared, name="shared")
   if not program.penalties:
     checks.check_models_learn(models, program.terms, [name for name in trained if jax.tree.leaves(params[name])])
+  opt_state = program.optimizer.init(params)
+  checks.check_optimizer(program.optimizer, opt_state, params)
+  checks.check_accumulates(opt_state, program.terms, averages, program.balancer is not None)
   state = TrainState(
     jnp.int32(0),
     params,
     states,
-    program.optimizer.init(params),
+    opt_state,
     balancing.init_rows(program.balancer, len(program.rows), shared_params),
-    {name: params[source] for name, source in sources.items()},
+    {name: widened(params[source]) for name, source in sources.items()},
     key,
   )
   return jax.tree.map(jnp.copy, state)  # a step donates it: no buffer may be in it twice, nor be the caller's
@@ -190,17 +206,20 @@ def _step(
     axis_name=program.axis_name,
   )
   gradient = merge(update.shared, update.own)
-  if program.penalties:
-    slope, values = jax.grad(_penalize, has_aux=True)(state.params, program.penalties, state.step)
-    gradient = jax.tree.map(jnp.add, gradient, slope)
-    metrics |= {name: (value, jnp.ones(())) for name, value in values.items()}
+  value = jnp.where(update.present, losses, 0).sum()
   metrics |= _row_metrics(program, update)
-  updates, opt_state = program.optimizer.update(gradient, state.opt_state, state.params)
+  if program.penalties:
+    cost, slope, costs = penalize(program.penalties, state.params, state.step)
+    value, gradient = value + cost, jax.tree.map(jnp.add, gradient, slope)
+    metrics |= costs
+  optimizer = optax.with_extra_args_support(program.optimizer)
+  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, value=value, grad=gradient)
   params: Any = optax.apply_updates(state.params, updates)
-  if program.axis_name is not None:
-    states = jax.tree.map(lambda leaf: _mean_if_inexact(leaf, program.axis_name), states)
-  averages = _followed(program, state, params)
-  return TrainState(state.step + 1, params, states, opt_state, update.state, averages, state.key), metrics
+  averages = followed(program.averages, state, params)
+  after = TrainState(
+    state.step + 1, params, over_devices(states, program.axis_name), opt_state, update.state, averages, state.key
+  )
+  return unless_spoilt(state, after, gradient, metrics) if program.skip_not_finite else (after, metrics)
 
 
 def _fixed(program: _Program, frozen: Variables) -> list[str]:
@@ -211,9 +230,7 @@ def _fixed(program: _Program, frozen: Variables) -> list[str]:
 def _fixed_context(program: _Program, state: TrainState, data: PyTree, frozen: Variables) -> dict[str, Any]:
   """The batch, and what the models that are not trained make of it, without a gradient."""
   batch = data if program.sample is None else program.sample(data, named_key(state.key, "data"), state.step)
-  followers = {
-    name: (state.averages[name], state.model_state[average.source]) for name, average in program.averages.items()
-  }
+  followers = {name: follower(state, average.source, name) for name, average in program.averages.items()}
   names, context = _fixed(program, frozen), start_context(batch, state.step)
   return jax.lax.stop_gradient(run_fixed(program.models, names, {**frozen, **followers}, context))
 
@@ -236,7 +253,7 @@ def _objective(
 
 def _present(program: _Program, metrics: Metrics, step: jax.Array) -> jax.Array:
   """Which rows have examples, bool `[T]`; those of a Term whose weight is 0 now do not count."""
-  counts = {name: jnp.where(_at(term.weight, step) > 0, metrics[name][1], 0) for name, term in program.terms.items()}
+  counts = {name: jnp.where(at(term.weight, step) > 0, metrics[name][1], 0) for name, term in program.terms.items()}
   return jnp.stack([sum(counts[term] for term in row) > 0 for row in program.rows.values()])
 
 
@@ -249,31 +266,6 @@ def _row_metrics(program: _Program, update: balancing.RowsUpdate) -> Metrics:
     if values is not None
     for row, value in zip(program.rows, values, strict=True)
   }
-
-
-def _followed(program: _Program, state: TrainState, params: dict[str, PyTree]) -> dict[str, PyTree]:
-  """The averages after an update."""
-  return {
-    name: optax.incremental_update(params[a.source], state.averages[name], 1 - _at(a.decay, state.step))
-    for name, a in program.averages.items()
-  }
-
-
-def _penalize(
-  params: dict[str, PyTree], penalties: Mapping[str, Penalty], step: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns the weighted sum of the penalties, and each without its weight."""
-  values = {name: penalty.function(params) for name, penalty in penalties.items()}
-  return jnp.sum(jnp.stack([_at(penalties[name].weight, step) * value for name, value in values.items()])), values
-
-
-def _mean_if_inexact(leaf: jax.Array, axis_name: AxisName) -> jax.Array:
-  """The mean over the devices; a counter or a key has none."""
-  return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
-
-
-def _at(value: float | jax.Array | optax.Schedule, step: jax.Array) -> Any:
-  return value(step) if callable(value) else value
 
 
 def make_train_step(learner: Learner, *, mesh: Mesh | None = None, steps_per_call: int = 1) -> Callable:
