@@ -225,9 +225,8 @@ def program(bench: Bench, name: str, weight: Any) -> tuple[training.Learner, dic
     method = entry.build(bench.pair, weight=growing if entry.warm_up else weight, **settings_of(bench, name))
     connectors = dict(method.models)
     terms |= {f"distil/{term}": value for term, value in method.terms.items()}
-  given = {"margins": MARGINS} if name == "ofd" else {}
   learner = training.make_learner(
-    networks | given | connectors, terms, optimizer(config, config.student_steps), sample=bench.feed.sample
+    networks | connectors, terms, optimizer(config, config.student_steps), sample=bench.feed.sample
   )
   return learner, connectors
 
@@ -236,26 +235,12 @@ def settings_of(bench: Bench, name: str) -> dict[str, Any]:
   """What a method is given beside the pair. All train beside the labels, so that they have the same budget."""
   if name in ("hint", "fsp", "activation_boundary", "factor_transfer"):
     return {"joint": True}
-  if name == "ofd":
-    return {"margins": {stage: f"margins.{stage}" for stage in bench.pair.stages}}
   if name == "crd":
     examples = len(bench.labels)
     width, negatives = (128, 16384) if examples > 16384 else (32, 64)
     memory = {"num_examples": examples, "labels": bench.labels, "index": "batch.row"}
     return memory | {"width": width, "negatives": negatives}
   return {}
-
-
-# The teachers' margins, given as the params of a model without a function: every seed has its own.
-MARGINS = models.Model(lambda key, batch: ({}, {}), lambda params, state, batch, *, train, key=None: (params, state))
-
-
-def frozen_models(bench: Bench, name: str) -> dict[str, Any]:
-  """(params, state) of what does not learn: the teacher, and for OFD its margins."""
-  frozen = {"teacher": bench.frozen_teacher}
-  if name == "ofd":
-    frozen["margins"] = (methods.margins(bench.frozen_teacher[0], bench.pair), {})
-  return frozen
 
 
 def train_student(bench: Bench, name: str, weight: float) -> Student:
@@ -268,7 +253,7 @@ def train_student(bench: Bench, name: str, weight: float) -> Student:
     learner,
     bench.feed,
     config.student_steps,
-    frozen=frozen_models(bench, name),
+    frozen={"teacher": bench.frozen_teacher},
     evaluate=validation(bench),
   )
   extra = {key: phase.state.params[key] for key in connectors}
@@ -340,7 +325,7 @@ def tune_one(bench: Bench, name: str, grid: tuple[float, ...], seeds: int) -> di
     lambda key, arrays, frozen: build(frozen["weight"]).init(key, arrays, frozen["models"]),
     lambda state, arrays, frozen: build(frozen["weight"]).step(state, arrays, frozen["models"]),
   )
-  still = jax.tree.map(of_lanes, frozen_models(bench, name))
+  still = {"teacher": jax.tree.map(of_lanes, bench.frozen_teacher)}
   frozen = {"weight": jnp.asarray([weight for weight, _ in lanes]), "models": still}
   keys = of_lanes(jax.random.split(jax.random.key(0), config.seeds))
   phase = phases.train(

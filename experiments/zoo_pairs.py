@@ -67,18 +67,16 @@ def load(config: Any) -> dict[str, Any]:
 
 
 def classifier(name: str, dataset: str) -> models.Model:
-  """A network by its name for a data set, that also returns `class_maps`, its head at each position.
+  """A network by its name for a data set.
 
   Raises:
     ValueError: if there is no such network, or it has fewer than two stages of maps.
   """
   known = data.dataset(dataset)
-  inner = network(name, max(task.classes or 0 for task in known.tasks.values()), known.normalisation)
+  model = network(name, max(task.classes or 0 for task in known.tasks.values()), known.normalisation)
   if name.startswith("mlp") or (name.startswith("convnet") and name.count("-") < 2):
     raise ValueError(f"{name} has fewer than two stages of feature maps, which the methods compare")
-
-  stages = 3 if name.startswith("resnet") else name.count("-")
-  return methods.with_class_maps(inner, f"stage{stages}")
+  return model
 
 
 def draw_augmented(arrays: Any, key: jax.Array, step: jax.Array, *, size: int, shift: int, flip: bool) -> Any:

@@ -284,7 +284,7 @@ def soft_only(call, params, batch):
 
 def curriculum(call, params, batch):
   teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
-  theta = params["curriculum"]["theta"]
+  theta = params["ctkd_temperature"]["theta"]
   fixed = jax.lax.stop_gradient(theta)
   temperature = 1 + 20 * jax.nn.sigmoid(fixed - STEP / 8 * (theta - fixed))
   return _kl(student, teacher, temperature).mean()
@@ -297,14 +297,30 @@ def hard_only(call, params, batch):
 
 def contrastive(call, params, batch):
   teacher, student = _outputs(call, params, ("teacher", "student"), batch)
-  key = training.named_key(jax.random.fold_in(call.before.key, STEP), "contrast")
+  key = training.named_key(jax.random.fold_in(call.before.key, STEP), "crd")
   indices = (batch["index"][:, None] + jnp.pad(jax.random.randint(key, (8, 4), 1, 20), ((0, 0), (1, 0)))) % 20
   embeddings = [
-    _unit(_project(params[f"{name}_embedding"], outputs["embedding"]))
+    _unit(_project(params[f"crd_{name}"], outputs["embedding"]))
     for name, outputs in {"student": student, "teacher": teacher}.items()
   ]
-  values, _ = losses.crd(*embeddings, indices, call.before.model_state["contrast"]["memory"])
+  values, _ = losses.crd(*embeddings, indices, losses.CRDMemory(**call.before.model_state["crd"]))
   return _ce(student["logits"], batch["label"]).mean() + 0.8 * values.mean()
+
+
+def factor_transfer(call, params, batch):
+  """First the map rebuilt, then the factors: those of the paraphraser as it then stands, in evaluation mode."""
+  (teacher,) = (o["features"]["stage2"] for o in _outputs(call, params, ("teacher",), batch))
+  says = lambda name, x: call.network[name].apply(params[name], call.before.model_state[name], x, train=True, key=None)[
+    0
+  ]
+  paraphraser = "factor_transfer_paraphraser"
+  if paraphraser in params:
+    return jnp.square(says(paraphraser, teacher)["reconstruction"] - teacher).mean()
+  student = says("student", batch)
+  factors = call.network[paraphraser].apply(*call.frozen[paraphraser], teacher, train=False, key=None)[0]["output"]
+  translated = says("factor_transfer_translator", student["features"]["stage2"])["output"]
+  maps = [_unit(jnp.square(f).mean(-1).reshape(8, -1)) for f in (translated, factors)]
+  return _ce(student["logits"], batch["label"]).mean() + 200 * jnp.abs(maps[0] - maps[1]).mean()
 
 
 def reused_classifier(call, params, batch):
@@ -345,6 +361,7 @@ SCHEMES = {
   "Metrics for each task": soft_tasks,
   "Schedules of weights and temperatures": schedules,
   "Curriculum temperature": curriculum,
+  "A training before the student's": factor_transfer,
   "Freezing and unfreezing by path": hard_only,
   "Contrastive distillation with its memory": contrastive,
   "A teacher known by its content": soft_only,
@@ -442,9 +459,17 @@ def _each_teaches_the_next(names, calls):
 
 
 def _the_rows_of_the_batch_are_remembered(names, calls):
-  before, after = (state.model_state["contrast"]["memory"] for state in (calls[0].before, calls[0].after))
-  changed = np.any(np.asarray(before.student) != np.asarray(after.student), axis=1)
+  before, after = (state.model_state["crd"] for state in (calls[0].before, calls[0].after))
+  changed = np.any(np.asarray(before["student"]) != np.asarray(after["student"]), axis=1)
   assert np.array_equal(np.flatnonzero(changed), names["batch"]["index"])
+
+
+def _the_stage_is_handed_on(names, calls):
+  """The paraphraser as its stage left it is what the student's training reads, and no longer learns."""
+  name = "factor_transfer_paraphraser"
+  learned, read = (calls[0].after.params[name], calls[0].after.model_state[name]), calls[1].frozen[name]
+  assert name not in calls[1].after.params and "student" not in calls[0].after.params
+  jax.tree.map(np.testing.assert_array_equal, learned, read)
 
 
 def _the_exported_student_says_the_same(names, calls):
@@ -508,6 +533,7 @@ CHECKS = {
   "Momentum encoder": lambda names, calls: _averages_follow(0.99, {"slow": "student", "slow_point": "point"}, calls),
   "Born again": _each_teaches_the_next,
   "Teacher assistants": _each_teaches_the_next,
+  "A training before the student's": _the_stage_is_handed_on,
   "Contrastive distillation with its memory": _the_rows_of_the_batch_are_remembered,
   "The student leaves": _the_exported_student_says_the_same,
   "A reused teacher classifier": _the_teachers_classifier_leaves_with_the_student,

@@ -7,11 +7,11 @@ A `Method` is models, Terms and stages by name. The learner takes `{"student": s
 method.models` and `{"hard": hard} | method.terms`; `training.train_stages` runs its stages before.
 """
 
-from kdflax.methods.activations import activation_boundary, margins, ofd
+from kdflax.methods.activations import activation_boundary, ofd
 from kdflax.methods.catalogue import CATALOGUE, SOURCES, TOOLS, Entry, paper
 from kdflax.methods.contrast import crd
 from kdflax.methods.features import attention_transfer, factor_transfer, fitnets, review_kd, vid
-from kdflax.methods.heads import cat_kd, simkd, with_class_maps
+from kdflax.methods.heads import cat_kd, simkd
 from kdflax.methods.logits import ctkd, dist, dkd, hard_targets, mlkd, nkd, soft_targets, standardized_targets
 from kdflax.methods.method import Method, Stage, Weight
 from kdflax.methods.outputs import of_embeddings, of_flows, of_logits, of_maps
@@ -50,7 +50,6 @@ __all__ = [
   "ickd",
   "info_nce",
   "kdsvd",
-  "margins",
   "mlkd",
   "nkd",
   "nst",
@@ -69,5 +68,4 @@ __all__ = [
   "soft_targets",
   "standardized_targets",
   "vid",
-  "with_class_maps",
 ]

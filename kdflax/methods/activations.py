@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from kdflax import losses, models
-from kdflax.methods.method import Method, Weight, alone, term, times
+from kdflax.methods.method import Method, Weight, alone, times
 from kdflax.methods.pairs import Pair
-from kdflax.model import PyTree
+from kdflax.objectives import Term
 
 
 def activation_boundary(
@@ -49,13 +49,14 @@ def activation_boundary(
   return method if joint else alone(method, name)
 
 
-def ofd(pair: Pair, *, margins: Mapping[str, Any], suffix: str = "_pre", weight: Weight = 1e-3) -> Method:
+def ofd(pair: Pair, *, margins: Mapping[str, Any] | None = None, suffix: str = "_pre", weight: Weight = 1e-3) -> Method:
   """Learn what passes the teacher's ReLU, and below it no more than that nothing passes.
 
   Args:
     pair: of models with feature maps of equal sizes, before the ReLU as well as after it.
     margins: for each stage, by the student's name, `losses.ofd_margin` of the teacher's last batch normalisation before
-      the ReLU, `[channels]`, or a context path of it. `methods.margins` finds them in the networks of kdflax.
+      the ReLU: `[channels]`, or a context path of it. By default they are made of the params of a teacher that is a
+      `convnet` or a `resnet`.
     suffix: of the names of the maps before the ReLU: `stage1_pre` for `stage1`.
     weight: of the last stage's Term, halved for each before; a number or a schedule.
 
@@ -69,19 +70,50 @@ def ofd(pair: Pair, *, margins: Mapping[str, Any], suffix: str = "_pre", weight:
   Overhaul of Feature Distillation", 2019, arXiv 1904.01866.
 
   Examples:
-    >>> import jax, numpy as np
+    >>> import numpy as np
     >>> from kdflax import methods, models
-    >>> batch, teacher = {"image": np.zeros((2, 8, 8, 1), np.float32)}, models.convnet((8, 12))
-    >>> pair = methods.pair(models.convnet((4, 6)), teacher, batch)
-    >>> params, _ = teacher.init(jax.random.key(0), batch)
-    >>> list(methods.ofd(pair, margins=methods.margins(params, pair)).terms)
+    >>> batch = {"image": np.zeros((2, 8, 8, 1), np.float32)}
+    >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
+    >>> list(methods.ofd(pair).terms)
     ['ofd/stage2', 'ofd/stage1']
   """
-  stages = pair.some_stages()
+  stages, name = pair.some_stages(), pair.named("ofd")
+  if margins is None:
+    norms = {stage: _last_norm(pair, stage) for stage in stages}
+    settings = {
+      s: {f"teacher_{part}": pair.teacher.param(f"{norms[s]}.{part}") for part in ("scale", "bias")} for s in stages
+    }
+    return _before_activation(pair, _ofd_of_norm, name, suffix, weight, settings)
   if missing := [stage for stage in stages if stage not in margins]:
     raise ValueError(f"margins lacks the stages {missing}; it has {list(margins)}")
   settings = {stage: {"margin": margins[stage]} for stage in stages}
-  return _before_activation(pair, losses.ofd, pair.named("ofd"), suffix, weight, settings)
+  return _before_activation(pair, losses.ofd, name, suffix, weight, settings)
+
+
+def _ofd_of_norm(
+  student: jax.Array,
+  teacher: jax.Array,
+  teacher_scale: jax.Array,
+  teacher_bias: jax.Array,
+  *,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """`ofd` at the margin of the teacher's batch normalisation."""
+  return losses.ofd(student, teacher, margin=losses.ofd_margin(teacher_scale, teacher_bias), where=where)
+
+
+def _last_norm(pair: Pair, stage: str) -> str:
+  """Where the teacher's params hold the last batch normalisation of a stage, if it is a convnet or a resnet."""
+  try:
+    index = str(int(pair.stages[stage].removeprefix("stage")) - 1)
+    block = pair.teacher.params["stages"][index]
+    path = "norm" if "norm" in block else f"{max(block, key=int)}.second.norm"
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"the params of {pair.teacher.name!r} have no batch normalisation where a convnet or resnet has that of"
+      f" {pair.stages[stage]!r}; give margins={{{stage!r}: losses.ofd_margin(scale, bias), ...}} of your network's"
+    ) from error
+  return f"stages.{index}.{path}"
 
 
 def _before_activation(
@@ -101,49 +133,5 @@ def _before_activation(
     connectors[connector] = models.conv_connector(student, channels, batch_norm=True)
     inputs = {"student": f"{connector}.output", "teacher": teacher, **settings[stage]}
     share = times(weight, 1 / 2**depth)
-    terms[f"{name}/{stage}"] = term(loss, inputs, share, stop_gradient=(pair.teacher.name,))
+    terms[f"{name}/{stage}"] = Term(loss, inputs, share)
   return Method(connectors, terms)
-
-
-def margins(params: PyTree, pair: Pair) -> dict[str, jax.Array]:
-  """The margins of `ofd` in a teacher made by kdflax: those of the last batch normalisation before each stage's ReLU.
-
-  Args:
-    params: of the teacher, a `convnet` or a `resnet`; leading axes (of several seeds) are welcome.
-    pair: whose stages are asked for.
-
-  Returns:
-    By the student's name of a stage, `[..., channels]`.
-
-  Raises:
-    ValueError: if the params are of another network; take `losses.ofd_margin` of its batch normalisation yourself.
-
-  Reference: Byeongho Heo, Jeesoo Kim, Sangdoo Yun, Hyojin Park, Nojun Kwak and Jin Young Choi, "A Comprehensive
-  Overhaul of Feature Distillation", 2019, arXiv 1904.01866.
-
-  Examples:
-    >>> import jax, numpy as np
-    >>> from kdflax import methods, models
-    >>> batch, teacher = {"image": np.zeros((2, 8, 8, 1), np.float32)}, models.convnet((8, 12))
-    >>> pair = methods.pair(models.convnet((4, 6)), teacher, batch)
-    >>> params, _ = teacher.init(jax.random.key(0), batch)
-    >>> methods.margins(params, pair)["stage2"].shape
-    (12,)
-  """
-  found = {}
-  for stage, teacher_stage in pair.stages.items():
-    norm = _last_norm(params, teacher_stage)
-    found[stage] = losses.ofd_margin(norm["scale"], norm["bias"])
-  return found
-
-
-def _last_norm(params: PyTree, stage: str) -> dict[str, jax.Array]:
-  """The params of the last batch normalisation of `stage1`, ... of a convnet or a resnet."""
-  try:
-    block = params["stages"][str(int(stage.removeprefix("stage")) - 1)]
-    return block["norm"] if "norm" in block else block[max(block, key=int)]["second"]["norm"]
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(
-      f"these params have no batch normalisation where a convnet or resnet has that of {stage!r}; give the margins as"
-      " losses.ofd_margin(scale, bias) of your network's"
-    ) from error

@@ -251,12 +251,11 @@ CATALOGUE: dict[str, Entry] = {
   "ofd": Entry(
     "OFD",
     losses.ofd,
-    "feature maps before the ReLU and `ofd_margin` of the teacher's batch normalisation; connector",
+    "feature maps before the ReLU and the teacher's batch normalisation; connector",
     activations.ofd,
     weight=1e-3,
     setting=" for the last layer, halved for each before",
     source="m",
-    takes=("margins",),
   ),
   # attention maps
   "attention_transfer": Entry(

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdflax import losses, models
-from kdflax.methods.method import Method, Weight, term
+from kdflax.methods.method import Method, Weight
 from kdflax.methods.pairs import Pair
 from kdflax.model import Model, PyTree
 from kdflax.numerics.examples import AxisName
+from kdflax.objectives import Term
 
 Draw = Callable[[jax.Array, jax.Array], jax.Array]  # (key, own rows [batch]) -> rows [batch, negatives]
 
@@ -90,7 +91,7 @@ def crd(
     return {"values": values}, after._asdict() if train else state
 
   parts[memory] = Model(init, apply, (f"{student}.output", f"{teacher}.output", index))
-  return Method(parts, {memory: term(_as_they_are, {"values": f"{memory}.values"}, weight)})
+  return Method(parts, {memory: Term(_as_they_are, {"values": f"{memory}.values"}, weight)})
 
 
 def _as_they_are(values: jax.Array) -> jax.Array:

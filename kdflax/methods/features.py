@@ -5,9 +5,10 @@ from typing import Any
 import jax
 
 from kdflax import losses, models
-from kdflax.methods.method import Method, Stage, Weight, alone, term
+from kdflax.methods.method import Method, Stage, Weight, alone
 from kdflax.methods.outputs import of_maps
 from kdflax.methods.pairs import Pair
+from kdflax.objectives import Term
 
 
 def fitnets(pair: Pair, *, stage: str | None = None, joint: bool = False, weight: Weight | None = None) -> Method:
@@ -48,7 +49,7 @@ def fitnets(pair: Pair, *, stage: str | None = None, joint: bool = False, weight
   connector = models.conv_connector(student, channels, kernel=3, stride=stride, batch_norm=True, activation=jax.nn.relu)
   inputs = {"student": f"{regressor}.output", "teacher": teacher}
   weight = (100.0 if joint else 1.0) if weight is None else weight
-  hint = {name: term(losses.hint, inputs, weight, stop_gradient=(pair.teacher.name,))}
+  hint = {name: Term(losses.hint, inputs, weight)}
   method = Method({regressor: connector}, hint)
   return method if joint else alone(method, name)
 
@@ -108,7 +109,7 @@ def vid(pair: Pair, *, weight: Weight = 1.0) -> Method:
     gaussian = f"{name}_{stage}"
     connectors[gaussian] = models.vid_connector(student, pair.shapes(stage, same_size=True)[1][-1])
     inputs = {"predicted_mean": f"{gaussian}.output", "variance": f"{gaussian}.variance", "teacher": teacher}
-    terms[f"{name}/{stage}"] = term(losses.vid, inputs, weight, stop_gradient=(pair.teacher.name,))
+    terms[f"{name}/{stage}"] = Term(losses.vid, inputs, weight)
   return Method(connectors, terms)
 
 
@@ -148,7 +149,7 @@ def review_kd(pair: Pair, *, width: int | None = None, weight: Weight = 1.0) -> 
   terms = {}
   for stage in pair.stages:
     inputs = {"student": f"{fusion}.features.{stage}", "teacher": pair.features(stage)[1]}
-    terms[f"{name}/{stage}"] = term(losses.hierarchical_context, inputs, weight, stop_gradient=(pair.teacher.name,))
+    terms[f"{name}/{stage}"] = Term(losses.hierarchical_context, inputs, weight)
   return Method({fusion: model}, terms)
 
 
@@ -191,11 +192,10 @@ def factor_transfer(
   student, teacher = pair.features(stage)
   own = {paraphraser: models.paraphraser(teacher, rate=rate)}
   factors = int(rate * pair.shapes(stage)[1][-1])
-  stopped = (pair.teacher.name, f"{paraphraser}.output")
   inputs = {"student": f"{translator}.output", "teacher": f"{paraphraser}.output", **settings}
-  terms = {name: term(losses.factor_transfer, inputs, weight, stop_gradient=stopped)}
+  terms = {name: Term(losses.factor_transfer, inputs, weight)}
   inputs = {"student": f"{paraphraser}.reconstruction", "teacher": teacher}
-  rebuild = {f"{name}/rebuild": term(losses.hint, inputs, 1.0, stop_gradient=(pair.teacher.name,))}
+  rebuild = {f"{name}/rebuild": Term(losses.hint, inputs, 1.0)}
   connectors = own | {translator: models.translator(student, factors)}
   if joint:
     return Method(connectors, terms | rebuild)

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from kdflax import losses, models
-from kdflax.methods.method import Method, Weight, term
+from kdflax.methods.method import Method, Weight
 from kdflax.methods.pairs import Pair
-from kdflax.model import Model, PyTree, lookup
+from kdflax.objectives import Term
 
 
 def simkd(
@@ -61,25 +61,37 @@ def simkd(
   encoder = pair.student.model
   whole = models.compose(lambda part, batch: part("reused", reused, part("encoder", encoder, batch)))
   inputs = {"student": f"{pair.student.name}.output", "teacher": teacher}
-  hint = term(losses.hint, inputs, weight, stop_gradient=(pair.teacher.name,))
+  hint = Term(losses.hint, inputs, weight)
   return Method({pair.student.name: whole}, {pair.named("simkd"): hint})
 
 
-def cat_kd(pair: Pair, *, normalize: bool = False, weight: Weight = 10.0, **settings: Any) -> Method:
-  """Learn where in the image each class is seen.
+def cat_kd(
+  pair: Pair,
+  *,
+  stage: str | None = None,
+  student_head: str = "head.kernel",
+  teacher_head: str = "head.kernel",
+  normalize: bool = False,
+  weight: Weight = 10.0,
+  **settings: Any,
+) -> Method:
+  """Learn where in the image each class is seen: the map at the last stage, read by the head at each position.
 
   Args:
-    pair: of models with `class_maps`, which `methods.with_class_maps` adds to a classifier.
+    pair: of classifiers whose linear head reads the mean of that map.
+    stage: the student's; the last by default.
+    student_head: path of the kernel `[channels, classes]` of the student's head in its params.
+    teacher_head: that of the teacher's.
     normalize: whether maps are brought to length 1: the authors' code does so between families of networks, and not
       within one, for which the weight is.
     weight: of the Term, a number or a schedule.
     **settings: `size` (2) of `losses.class_attention_transfer`.
 
   Returns:
-    A method with the Term `cat_kd`.
+    A method with the Term `cat_kd`, which trains the student's head as well.
 
   Raises:
-    ValueError: if a model has no class maps.
+    ValueError: if a model has no such head, or the pair no stages.
 
   Reference: Ziyao Guo, Haonan Yan, Hui Li and Xiaodong Lin, "Class Attention Transfer Based Knowledge Distillation",
   2023, arXiv 2304.12777.
@@ -88,39 +100,25 @@ def cat_kd(pair: Pair, *, normalize: bool = False, weight: Weight = 10.0, **sett
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> batch = {"image": np.zeros((2, 8, 8, 1), np.float32)}
-    >>> networks = [methods.with_class_maps(models.convnet(widths), "stage2") for widths in ((4, 6), (8, 12))]
-    >>> list(methods.cat_kd(methods.pair(*networks, batch)).terms)
-    ['cat_kd']
+    >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
+    >>> methods.cat_kd(pair).terms["cat_kd"].inputs["student_head"]
+    'params.student.head.kernel'
   """
-  inputs = {"student": pair.student.path("class_maps"), "teacher": pair.teacher.path("class_maps")}
-  inputs |= {"normalize": normalize, **settings}
-  loss = losses.class_attention_transfer
-  return Method(terms={pair.named("cat_kd"): term(loss, inputs, weight, stop_gradient=(pair.teacher.name,))})
+  stage = pair.some_stages()[-1] if stage is None else stage
+  student, teacher = pair.features(stage)
+  heads = {"student_head": pair.student.param(student_head), "teacher_head": pair.teacher.param(teacher_head)}
+  inputs = {"student": student, "teacher": teacher, **heads, "normalize": normalize, **settings}
+  return Method(terms={pair.named("cat_kd"): Term(_class_attention, inputs, weight)})
 
 
-def with_class_maps(model: Model, stage: str, *, head: str = "head.kernel") -> Model:
-  """Make a classifier with a linear head on pooled features return `class_maps` as well: its head at each position.
-
-  Args:
-    model: the classifier.
-    stage: whose map the head reads the mean of.
-    head: path of the head's kernel `[channels, classes]` in the params.
-
-  Returns:
-    The model, with `class_maps` `[batch, height, width, classes]` among its outputs.
-
-  Examples:
-    >>> import numpy as np
-    >>> from kdflax import methods, models
-    >>> model = methods.with_class_maps(models.convnet((4, 6)), "stage2")
-    >>> methods.pair(model, model, {"image": np.zeros((2, 8, 8, 1), np.float32)}).student.shape("class_maps")
-    (2, 4, 4, 10)
-  """
-
-  def apply(
-    params: PyTree, state: PyTree, batch: Any, *, train: bool, key: jax.Array | None = None
-  ) -> tuple[Any, PyTree]:
-    outputs, state = model.apply(params, state, batch, train=train, key=key)
-    return outputs | {"class_maps": outputs["features"][stage] @ lookup(params, head)}, state
-
-  return Model(model.init, apply, model.inputs)
+def _class_attention(
+  student: jax.Array,
+  teacher: jax.Array,
+  student_head: jax.Array,
+  teacher_head: jax.Array,
+  *,
+  where: jax.Array | None = None,
+  **settings: Any,
+) -> jax.Array:
+  """`class_attention_transfer` of maps and heads."""
+  return losses.class_attention_transfer(student @ student_head, teacher @ teacher_head, where=where, **settings)

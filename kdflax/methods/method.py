@@ -1,12 +1,12 @@
 """What a method is: models, Terms, and trainings that come before the student's."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import optax
 
-from kdflax.model import Model, lies_below
+from kdflax.model import Model
 from kdflax.objectives import Term
 
 Weight = float | jax.Array | optax.Schedule
@@ -55,15 +55,6 @@ class Method(NamedTuple):
         f"both methods name {clashes}; for a second student or teacher make the pair with other names of its models"
       )
     return Method({**self.models, **other.models}, {**self.terms, **other.terms}, {**self.stages, **other.stages})
-
-
-def term(
-  loss: Callable[..., Any], inputs: Mapping[str, Any], weight: Weight, *, stop_gradient: tuple[str, ...] = ()
-) -> Term:
-  """A Term that stops the gradient to those of the paths that its inputs lie at or below."""
-  paths = [source for source in inputs.values() if isinstance(source, str)]
-  stopped = tuple(stop for stop in stop_gradient if any(lies_below(path, stop) for path in paths))
-  return Term(loss, inputs, weight, stopped)
 
 
 def alone(method: Method, name: str) -> Method:

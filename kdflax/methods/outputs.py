@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kdflax import models
-from kdflax.methods.method import Method, Weight, term
+from kdflax.methods.method import Method, Weight
 from kdflax.methods.pairs import Pair
+from kdflax.objectives import Term
 
 
 def of_logits(
@@ -35,7 +36,7 @@ def of_logits(
     ['reverse_kl']
   """
   inputs = {"student_logits": pair.student.path("logits"), "teacher_logits": pair.teacher.path("logits"), **settings}
-  return Method(terms={_name(pair, loss, name): term(loss, inputs, weight, stop_gradient=(pair.teacher.name,))})
+  return Method(terms={_name(pair, loss, name): Term(loss, inputs, weight)})
 
 
 def of_embeddings(
@@ -77,7 +78,7 @@ def of_embeddings(
     connectors[connector] = models.linear_connector(student, pair.teacher.shape("embedding")[-1])
     student = f"{connector}.output"
   inputs = {"student": student, "teacher": teacher, **settings}
-  return Method(connectors, {name: term(loss, inputs, weight, stop_gradient=(pair.teacher.name,))})
+  return Method(connectors, {name: Term(loss, inputs, weight)})
 
 
 def of_maps(
@@ -121,8 +122,7 @@ def of_maps(
     adapted(pair, stages, name) if connect else ({}, {stage: pair.features(stage)[0] for stage in stages})
   )
   inputs = {stage: {"student": paths[stage], "teacher": pair.features(stage)[1], **settings} for stage in stages}
-  stop = (pair.teacher.name,)
-  return Method(connectors, {f"{name}/{s}": term(loss, inputs[s], weight, stop_gradient=stop) for s in stages})
+  return Method(connectors, {f"{name}/{s}": Term(loss, inputs[s], weight) for s in stages})
 
 
 def of_flows(
@@ -162,7 +162,7 @@ def of_flows(
       "teacher_last": pair.features(last)[1],
       **settings,
     }
-    terms[f"{name}/{last}"] = term(loss, inputs, weight, stop_gradient=(pair.teacher.name,))
+    terms[f"{name}/{last}"] = Term(loss, inputs, weight)
   return Method(connectors, terms)
 
 

@@ -41,12 +41,23 @@ class Side(NamedTuple):
     Raises:
       ValueError: if the model does not return it, with what it returns.
     """
-    there = {name_of(path, "."): leaf.shape for path, leaf in jax.tree.leaves_with_path(self.outputs)}
+    there = _shapes(self.outputs)
     where = self.aliases.get(output, output)
     if where not in there:
       asked = repr(output) if where == output else f"{output!r}, said to be {where!r}"
       raise ValueError(f"the model {self.name!r} returns no {asked}; it returns {list(there)}")
     return there[where]
+
+  def param(self, path: str) -> str:
+    """The context path of an array among the params, such as `head.kernel`.
+
+    Raises:
+      ValueError: if there is none, with what there is.
+    """
+    there = _shapes(self.params)
+    if path not in there:
+      raise ValueError(f"the model {self.name!r} has no params {path!r}; it has {list(there)}")
+    return f"params.{self.name}.{path}"
 
 
 class Pair(NamedTuple):
@@ -176,6 +187,10 @@ def _side(name: str, model: Model, batch: PyTree, aliases: Mapping[str, str]) ->
 
   outputs, params = jax.eval_shape(run, batch)
   return Side(name, model, outputs, params, aliases)
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+  return {name_of(path, "."): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _order(name: str) -> tuple[str, int]:

@@ -14,7 +14,7 @@ BATCH = {
   "label": LABELS[:5],
   "index": np.arange(5),
 }
-STUDENT, TEACHER = (methods.with_class_maps(models.convnet(widths, 3), "stage2") for widths in ((3, 4), (4, 6)))
+STUDENT, TEACHER = models.convnet((3, 4), 3), models.convnet((4, 6), 3)
 
 
 @functools.cache
@@ -31,6 +31,6 @@ def frozen():
 def given(name):
   """The keyword arguments that an entry of the catalogue needs, in small."""
   params, _ = frozen()
-  everything = {"margins": methods.margins(params, pair()), "num_examples": len(LABELS), "head": params["head"]}
+  everything = {"num_examples": len(LABELS), "head": params["head"]}
   chosen = {key: everything[key] for key in methods.CATALOGUE[name].takes}
   return chosen | ({"labels": LABELS, "negatives": 6, "width": 4} if name == "crd" else {})

@@ -94,7 +94,8 @@ def slopes():
     )
 
   def values(params, variables, batch):
-    seen = {"batch": batch, "step": jnp.int32(3)}
+    everyone = {name: own for name, (own, _) in variables.items()} | {"student": params}
+    seen = {"batch": batch, "step": jnp.int32(3), "params": everyone}
     for name, model in networks.items():
       own = (params, variables["student"][1]) if name == "student" else variables[name]
       seen[name], _ = model.apply(*own, read(seen, model), train=True, key=key)

@@ -8,6 +8,7 @@ import pytest
 
 from kdflax import losses, methods, models
 from kdflax.model import Model
+from kdflax.objectives import stopped_arguments
 from tests.methods.case import BATCH, STUDENT, TEACHER, pair
 
 
@@ -65,7 +66,7 @@ def test_a_second_teacher_has_parts_of_its_own():
   both = methods.crd(pair(), num_examples=9) | methods.crd(second, num_examples=9) | methods.soft_targets(second)
   assert {"crd", "crd_student_wide", "soft_targets_student_wide"} == set(both.terms)
   assert both.models["crd_student_wide"].inputs[0] == "crd_student_student_wide.output"
-  assert both.terms["soft_targets_student_wide"].stop_gradient == ("wide",)
+  assert stopped_arguments(both.terms["soft_targets_student_wide"]) == {"teacher_logits"}
 
 
 def test_a_weight_may_be_a_schedule_also_where_stages_share_it():
@@ -110,7 +111,7 @@ HEAD = {"kernel": jnp.zeros((5, 3))}
     (methods.soft_targets, FLAT, MAPS, "the model 'student' returns no 'logits'; it returns .'embedding', 'fea"),
     (methods.pkt, MAPS, ONE, "the model 'teacher' returns no 'embedding'"),
     (methods.rkd, ONE, MAPS, "the model 'student' returns no 'embedding'"),
-    (methods.cat_kd, MAPS, MAPS, "the model 'student' returns no 'class_maps'"),
+    (methods.cat_kd, MAPS, MAPS, "the model 'student' has no params 'head.kernel'; it has .]"),
     (methods.activation_boundary, MAPS, MAPS, "the model 'student' returns no 'features.map2_pre'"),
     (methods.fsp, ONE, ONE, r"compares at least 2 stages of features; the pair has \['map1'\]"),
     (methods.nst, FLAT, returns(features={"x": (2, 3)}), r"at least 1 stages .* the pair has \[\]"),
@@ -119,7 +120,7 @@ HEAD = {"kernel": jnp.zeros((5, 3))}
     (methods.fitnets, SMALL, MAPS, r"maps of one size; 'features.map2' of 'student' is \(2, 1, 1, 3\)"),
     (lambda p: methods.fitnets(p, stage="map3"), MAPS, MAPS, r"no stage 'map3'; it has \['map1', 'map2'\]"),
     (lambda p: methods.ofd(p, margins={"map1": 0}), MAPS, MAPS, r"lacks the stages \['map2'\]; it has \['map1'\]"),
-    (lambda p: methods.margins({"head": {}}, p), MAPS, MAPS, "no batch normalisation where .* that of 'map1'"),
+    (methods.ofd, MAPS, MAPS, r"no batch normalisation where .*; give margins={'map1': losses.ofd_ma"),
     (lambda p: methods.simkd(p, head=HEAD), MAPS, MAPS, "head reads 5 channels, but 'teacher.features.map2' has 3"),
     (lambda p: methods.simkd(p, head=HEAD), SMALL, MAPS, "maps of one size"),
     (lambda p: methods.of_logits(p, losses.dkd, beta=1.0), MAPS, MAPS, r"dkd needs \['labels'\]"),
@@ -150,12 +151,29 @@ def test_a_model_that_does_not_read_the_batch_makes_no_pair():
 @pytest.mark.parametrize("network", [models.convnet((3, 4), 3), models.resnet(14, 3, widths=(2, 3, 4, 5))])
 def test_margins_are_those_of_the_last_batch_normalisation_before_the_relu(network):
   found = methods.pair(network, network, BATCH)
-  shapes, _ = jax.eval_shape(network.init, jax.random.key(0), BATCH)
-  params = jax.tree.map(lambda leaf: np.linspace(-2, 2, leaf.size, dtype=leaf.dtype).reshape(leaf.shape), shapes)
+  terms = methods.ofd(found).terms
   for number, stage in enumerate(found.stages, start=1):
-    block = params["stages"][str(number - 1)]
-    norm = block["norm"] if "norm" in block else block["1"]["second"]["norm"]
-    norm["bias"] -= number
-    expected = losses.ofd_margin(norm["scale"], norm["bias"])
-    np.testing.assert_array_equal(methods.margins(params, found)[stage], expected)
-    assert expected.shape == found.teacher.shape(f"features.{stage}")[-1:]
+    channels = found.teacher.shape(f"features.{stage}")[-1]
+    scale, bias = np.linspace(0.5, 2, channels), np.linspace(-1, 1, channels) * number
+    term, rows = terms[f"ofd/{stage}"], np.random.default_rng(number).normal(size=(2, 4, 3, 3, channels))
+    paths = [term.inputs[f"teacher_{part}"].removeprefix("params.teacher.") for part in ("scale", "bias")]
+    block = "norm" if len(found.stages) == 2 else "1.second.norm"
+    assert paths == [f"stages.{number - 1}.{block}.{part}" for part in ("scale", "bias")]
+    assert {found.teacher.param(path) for path in paths} <= set(term.inputs.values())
+    expected = losses.ofd(*rows, margin=losses.ofd_margin(scale, bias))
+    np.testing.assert_array_equal(term.loss(*rows, scale, bias), expected)
+    given = methods.ofd(found, margins=dict.fromkeys(found.stages, losses.ofd_margin(scale, bias))).terms[
+      f"ofd/{stage}"
+    ]
+    np.testing.assert_array_equal(given.loss(*rows, margin=given.inputs["margin"]), expected)
+
+
+def test_class_maps_are_the_heads_at_each_position():
+  term = methods.cat_kd(pair(), size=1).terms["cat_kd"]
+  assert term.inputs["teacher_head"] == "params.teacher.head.kernel"
+  assert stopped_arguments(term) == {"teacher", "teacher_head"}
+  random = np.random.default_rng(0)
+  student, teacher, *heads = (random.normal(size=s) for s in ((5, 3, 3, 4), (5, 3, 3, 6), (4, 3), (6, 3)))
+  classes = student.mean((1, 2)) @ heads[0] - teacher.mean((1, 2)) @ heads[1]
+  values = term.loss(student, teacher, *heads, size=1, normalize=False)
+  np.testing.assert_allclose(values, np.square(classes).mean(1), rtol=1e-5)
