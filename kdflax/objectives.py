@@ -16,6 +16,7 @@ import optax
 
 from kdflax.model import Context, lies_below, lookup
 from kdflax.numerics.examples import AxisName, all_max, examples_of, masked_mean, masked_sum
+from kdflax.numerics.trees import merge
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 _TEACHER = "teacher"  # in stop_gradient: what a Term says is its teacher
@@ -97,9 +98,9 @@ def evaluate(
     step: the training step, for weights and arguments that are schedules.
     axis_name: mapped axis of `pmap` or `shard_map` that the batch is spread over; also passed to the losses that
       compare examples. Under plain `jit` on a mesh it stays None.
-    guard: whether a Term gives no gradient whose value is not finite, or that is given the weight 0 going backward,
-      even where its derivative is not finite; 0 times NaN is NaN, and spoils that of all other Terms. With it the
-      objective has derivatives in reverse mode only.
+    guard: whether a Term whose value or gradient is not finite has the value NaN and gives no gradient, where 0 times
+      NaN would spoil that of all others. Its gradient is that to what it reads of the context. With it the objective
+      has derivatives in reverse mode only.
 
   Returns:
     The weighted mean of each Term by name (their sum is the objective), and its unweighted (sum, count) by name,
@@ -112,21 +113,28 @@ def evaluate(
     raise ValueError(f"all weights are 0: {list(terms)}; an objective needs at least one positive weight")
   values, metrics = {}, {}
   for name, term in terms.items():
+    mean = functools.partial(_weighted_mean, term, step, axis_name)
     try:
-      value, where = per_example(term, context, step, axis_name, guard=guard)
+      values[name], metrics[name] = (_guarded(mean, axis_name) if guard else mean)(_part_read(term, context))
     except (ValueError, TypeError, AssertionError) as error:
       error.add_note(f"in term {name!r}")
       raise
-    mean = masked_mean(value, where, axis_name)
-    values[name] = _weighted(_weight(term, step), mean)
-    metrics[name] = jax.lax.stop_gradient(masked_sum(value, where, axis_name))
   return values, metrics
 
 
+def _weighted_mean(
+  term: Term, step: jax.Array | int, axis_name: AxisName, context: Context
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Returns the weighted mean of a Term, and its unweighted (sum, count)."""
+  value, where = per_example(term, context, step, axis_name)
+  mean = masked_mean(value, where, axis_name)
+  return _weighted(_weight(term, step), mean), jax.lax.stop_gradient(masked_sum(value, where, axis_name))
+
+
 def per_example(
-  term: Term, context: Context, step: jax.Array | int = 0, axis_name: AxisName = None, *, guard: bool = False
+  term: Term, context: Context, step: jax.Array | int = 0, axis_name: AxisName = None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Returns what the loss of a Term returns, and its `where`; with `guard` as in `evaluate`."""
+  """Returns what the loss of a Term returns, and its `where`."""
   arguments = {argument: _value(source, context, step) for argument, source in term.inputs.items()}
   where = arguments.pop("where", None)
   parameters = _parameters(_innermost(term.loss))
@@ -141,9 +149,6 @@ def per_example(
   flowing = [name for name in arguments if isinstance(term.inputs.get(name), str) and name not in stopped]
   arguments |= {name: jax.lax.stop_gradient(arguments[name]) for name in stopped}
   loss = lambda inputs: jnp.asarray(term.loss(**(arguments | inputs)))
-  if guard:
-    accept = lambda value: jnp.isfinite(masked_mean(value, examples_of(where, value.ndim), axis_name))
-    loss = _guarded(loss, accept, axis_name)
   weight = _weight(term, step)
   values = loss({name: _gated(weight, arguments[name]) for name in flowing})
   return values, examples_of(where, values.ndim)  # which may count the positions of an example
@@ -168,24 +173,47 @@ def _gated(weight: Any, arrays: Any) -> Any:
   return jax.tree.map(lambda array: gate(array) if jnp.issubdtype(array.dtype, jnp.inexact) else array, arrays)
 
 
-def _guarded(
-  loss: Callable[[Any], jax.Array], accept: Callable[[jax.Array], jax.Array], axis_name: AxisName
-) -> Callable[[Any], jax.Array]:
-  """The loss, with a gradient of exactly 0 where its value is not accepted, or that to it is 0 on every device."""
-  guarded = jax.custom_vjp(loss)
+def _guarded(mean: Callable[[Context], Any], axis_name: AxisName) -> Callable[[Context], Any]:
+  """The mean of a Term, but NaN and without a gradient where it or its gradient is not finite on some device.
 
-  def forward(inputs):
-    value, pullback = jax.vjp(loss, inputs)
-    return value, (pullback, accept(value))
+  The gradient is taken on the way forward, where it can still say that the value does not count.
+  """
 
-  def backward(residuals, cotangent):
-    pullback, accepted = residuals
-    weighed = all_max((cotangent != 0).any().astype(jnp.float32), axis_name) > 0
-    block = lambda slope: slope if slope.dtype == jax.dtypes.float0 else jnp.where(accepted & weighed, slope, 0)
-    return (jax.tree.map(block, pullback(cotangent)[0]),)
+  def forward(numbers, others):
+    value, pullback, metric = jax.vjp(lambda numbers: mean(merge(numbers, others)), numbers, has_aux=True)
+    (slopes,) = pullback(jnp.ones_like(value))
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(slopes))]).all()
+    broken = all_max(~finite, axis_name)
+    return (jnp.where(broken, jnp.nan, value), metric), jax.tree.map(lambda x: jnp.where(broken, 0, x), slopes)
 
+  def backward(slopes, cotangents):
+    return jax.tree.map(lambda slope: (cotangents[0] * slope).astype(slope.dtype), slopes), None
+
+  guarded = jax.custom_vjp(lambda numbers, others: forward(numbers, others)[0])
   guarded.defvjp(forward, backward)
-  return guarded
+
+  def split_and_guarded(context):
+    is_number = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    numbers = jax.tree.map(lambda leaf: leaf if is_number(leaf) else None, context)
+    return guarded(numbers, jax.tree.map(lambda leaf: None if is_number(leaf) else leaf, context))
+
+  return split_and_guarded
+
+
+def _part_read(term: Term, context: Context) -> Any:
+  """The part of a context that a Term reads."""
+  paths = [source for source in term.inputs.values() if isinstance(source, str)]
+  for path in paths:
+    lookup(context, path)  # says what there is, where a path does not exist
+  return _below(context, [path.split(".") for path in paths])
+
+
+def _below(node: Any, paths: list[list[str]]) -> Any:
+  if not all(paths):  # one of them ends here
+    return node
+  return {
+    key: _below(node[key], [path[1:] for path in paths if path[0] == key]) for key in sorted({p[0] for p in paths})
+  }
 
 
 def _value(source: Any, context: Context, step: jax.Array | int) -> Any:
