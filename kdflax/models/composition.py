@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 
 from kdflax.model import Model, Outputs, PyTree, named_key, read
+from kdflax.models.boundary import shapes
 from kdflax.numerics.trees import name_of
 
 
@@ -48,7 +49,7 @@ def compose(forward: Forward) -> Model:
       if path in parts:
         raise ValueError(f"two parts of a model are called {path!r}; give each its own path")
       x = _view(source, model)
-      parts[path] = model, _specs(x)
+      parts[path] = model, shapes(x)
       return model.apply(*model.init(key, x), x, train=False, key=None)[0]
 
     jax.eval_shape(lambda batch: forward(trace, batch), batch)
@@ -156,7 +157,3 @@ def _at(tree: Mapping[str, Any], path: str) -> PyTree:
   for part in path.split("/"):
     tree = tree.get(part, {})
   return tree
-
-
-def _specs(x: PyTree) -> PyTree:
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)

@@ -22,6 +22,7 @@ def convnet(
 
   Every stage is one convolution; the first keeps the size of the image, each later one halves it. `features` are
   `stage1`, `stage2`, ... after the ReLU and `stage1_pre`, ... before it. Convolutions start He normal (fan-out).
+  BatchNorm counts every example of the batch, those that a Term masks as well.
 
   Args:
     widths: the channels of each stage; at least one.

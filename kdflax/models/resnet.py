@@ -30,6 +30,7 @@ def resnet(
 
   A 3x3 stem, then three stages of n blocks, then the global average pool. Stages 2 and 3 halve the image. Where the
   size or the width changes, the shortcut is a 1x1 convolution with BatchNorm. Convolutions start He normal (fan-out).
+  BatchNorm counts every example of the batch, those that a Term masks as well.
 
   `features` are `stem`, `stage1`, `stage2`, `stage3`, all after the ReLU, and `stem_pre`, `stage1_pre`, ... the same
   maps before it (for a stage: the sum of the last block and its shortcut). What is not used costs nothing under `jit`.
