@@ -173,13 +173,13 @@ def single_task_teachers(call, params, batch):
 
 def merged_by_distillation(call, params, batch):
   """Layer by layer, in the order of the leaves: each head is a layer, and so is the one that they share."""
-  base, tuned = (call.before.model_state["merged"][name] for name in ("base", "tuned"))
+  base, *tuned = (call.frozen[name][0] for name in ("base", "left", "right"))
   layers = [("shared", "hidden", "0"), ("task", "left", "head", "linear"), ("task", "right", "head", "linear")]
   at = lambda tree, path: functools.reduce(lambda node, name: node[name], path, tree)
   said = jax.tree.map(lambda leaf: leaf, base)
   for i, path in enumerate(layers):
     for name, leaf in at(base, path).items():
-      more = [params["merged"]["coefficients"][t, i] * (at(tuned[str(t)], path)[name] - leaf) for t in range(2)]
+      more = [params["merged"]["coefficients"][t, i] * (at(tuned[t], path)[name] - leaf) for t in range(2)]
       at(said, path)[name] = leaf + sum(more)
   student, _ = call.network["left"].apply(said, {}, batch, train=False, key=None)
   teachers = _outputs(call, params, ("left", "right"), batch)
@@ -520,8 +520,9 @@ def _a_fifth_of_each_difference_is_added(names, calls):
 
 def _the_merged_params_are_those_of_the_network(names, calls):
   (call,) = calls
-  variables = call.after.params["merged"], call.after.model_state["merged"]
-  merged, _ = call.network["merged"].apply(*variables, _wide(names["batch"]), train=False, key=None)
+  originals = [call.frozen[name][0] for name in ("base", "left", "right")]
+  reads = (*originals, _wide(names["batch"]))
+  merged, _ = call.network["merged"].apply(call.after.params["merged"], {}, reads, train=False, key=None)
   alone, _ = call.network["left"].apply(names["params"], {}, names["batch"], train=False, key=None)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), merged, alone)
 

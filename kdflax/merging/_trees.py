@@ -54,7 +54,7 @@ def check_alike(trees: Mapping[str, PyTree]) -> list[str]:
 
 def several(name: str, trees: Sequence[PyTree]) -> dict[str, PyTree]:
   """The trees of a sequence argument by the names `tuned[0]`, `tuned[1]`, ..."""
-  if isinstance(trees, Mapping) or not isinstance(trees, Sequence):
+  if isinstance(trees, Mapping | str) or not isinstance(trees, Sequence):
     kind = f"a mapping of {sorted(map(str, trees))}" if isinstance(trees, Mapping) else type(trees).__name__
     raise ValueError(f"{name} must be a sequence of pytrees, one for each model; got {kind}")
   if not trees:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kdflax.merging._trees import align, check_alike, per_model, several
-from kdflax.model import Model, PyTree
+from kdflax.model import Model, PyTree, paths_of
 from kdflax.numerics.trees import name_of
 
 
@@ -78,8 +78,8 @@ def layer_wise(
 
 
 def learned(
-  base: PyTree,
-  tuned: Sequence[PyTree],
+  base: PyTree | str,
+  tuned: Sequence[PyTree] | Sequence[str],
   model: Model,
   *,
   state: PyTree | None = None,
@@ -93,18 +93,19 @@ def learned(
   them at once. Afterwards `layer_wise(base, tuned, params["coefficients"])` are the params of `model`: the merged model
   costs what one costs, and leaves as one does.
 
-      merged = merging.learned(base, [left, right], network)
+      merged = merging.learned("params.base", ["params.left", "params.right"], network)
       make_learner(
-        {"left": network, "right": network, "merged": merged},
+        {"base": network, "left": network, "right": network, "merged": merged},
         {task: Term(losses.kl_soft_targets,
                     {"student_logits": f"merged.logits.{task}", "teacher_logits": f"{task}.logits.{task}"})
          for task in ("left", "right")},
         optax.adam(1e-2),
-      )        with frozen={"left": (left, {}), "right": (right, {})}
+      )        with the variables of base, left and right given as frozen
 
   Args:
-    base: a pytree of floating arrays, the params that all were tuned from.
-    tuned: one pytree like it for each model.
+    base: a pytree of floating arrays, the params that all were tuned from; or the context path where they lie,
+      `"params.NAME"` for a frozen model of that name.
+    tuned: one pytree like it, or a context path, for each model.
     model: what the params belong to.
     state: what the model's state starts from (the running statistics of the base); the model's own start by default.
       Training moves it on, as it does for the model alone.
@@ -112,44 +113,81 @@ def learned(
     layer_of: which leaves share a coefficient, see `layers`.
 
   Returns:
-    A model that reads what `model` reads. Its params are `{"coefficients": [models, layers]}` in float32, in the order
-    of `layers(base, layer_of)`; its state holds the base, the tuned params and the state of `model`, so that they
-    are arguments of a compiled step, and are saved with it.
+    A model. Its params are `{"coefficients": [models, layers]}` in float32, in the order of `layers(base, layer_of)`.
+    With context paths it reads these and what `model` reads, and its state is that of `model`: the tuned models are in
+    memory once, as the teachers that they are, and in no checkpoint. With pytrees it reads what `model` reads, and its
+    state also holds `base` and `tuned`, so that it may leave the context.
 
   Raises:
-    ValueError: here, if the trees differ (the leaf and both shapes are named), a leaf is not floating or the initial
-      coefficients do not fit; from `init`, if the base or the state are not of the model.
+    ValueError: here, or from `init` with context paths, if the trees differ (the leaf and both shapes are named), a
+      leaf is not floating or the initial coefficients do not fit; from `init`, if the base or the state are not of the
+      model; if only some of `base` and `tuned` are paths.
 
   Reference: Seyed Arshan Dalili and Mehrdad Mahdavi, "Model Merging via Multi-Teacher Knowledge Distillation", 2025,
   arXiv 2512.21288, which minimises the KL divergence from the tuned models by sharpness-aware steps
   (`optax.contrib.sam`); Enneng Yang, Zhenyi Wang, Li Shen, Shiwei Liu, Guibing Guo, Xingwei Wang and Dacheng Tao,
   "AdaMerging: Adaptive Model Merging for Multi-Task Learning", 2023, arXiv 2310.02575, which minimises the entropy.
   """
-  tuned = list(several("tuned", tuned).values())
-  names = layers(base, layer_of)
-  align({"base": base} | several("tuned", tuned))  # mistakes show before anything is traced
-  start = jnp.asarray(initial, jnp.float32)
-  if start.ndim < 2:  # a number, or one for each model
-    start = jnp.tile(per_model("initial", start, len(tuned))[:, None], len(names))
-  _check_coefficients(start.shape, len(tuned), names)
+  trees = {"base": base} | several("tuned", tuned)
+  named = [name for name, tree in trees.items() if isinstance(tree, str)]
+  if named and len(named) < len(trees):
+    raise ValueError(f"base and tuned must be all pytrees or all context paths; only {named} are paths")
+  if not named:
+    _start(initial, base, tuned, layer_of)  # mistakes show before anything is traced
+
+  def split(inputs: Sequence[Any]) -> tuple[PyTree, list[PyTree], Any]:
+    start, *others = inputs
+    rest = tuple(others[len(tuned) :])
+    return start, others[: len(tuned)], rest[0] if isinstance(model.inputs, str) else rest
 
   def init(key: jax.Array, example: Any) -> tuple[PyTree, PyTree]:
-    own_params, own_state = model.init(key, example)
-    check_alike({"the model's params": own_params, "base": base})
+    start, models, rest = split(example)
+    own_params, own_state = model.init(key, rest)
+    check_alike({"the model's params": own_params, "base": start})
     if state is not None:
       check_alike({"the model's state": own_state, "state": state})
-    models = {str(index): params for index, params in enumerate(tuned)}
-    return {"coefficients": start}, {"base": base, "tuned": models, "model": own_state if state is None else state}
+    return {"coefficients": _start(initial, start, models, layer_of)}, own_state if state is None else state
 
   def apply(
-    params: PyTree, state: PyTree, batch: Any, *, train: bool, key: jax.Array | None = None
+    params: PyTree, state: PyTree, inputs: Any, *, train: bool, key: jax.Array | None = None
+  ) -> tuple[Any, PyTree]:
+    start, models, rest = split(inputs)
+    merged = layer_wise(start, models, params["coefficients"], layer_of)
+    return model.apply(merged, state, rest, train=train, key=key)
+
+  reader = Model(init, apply, (*map(str, trees.values()), *paths_of(model)) if named else "batch")
+  return reader if named else _holding(reader, base, list(tuned), model)
+
+
+def _holding(reader: Model, base: PyTree, tuned: Sequence[PyTree], model: Model) -> Model:
+  """The model that finds in its state what the other reads of a context."""
+
+  def joined(base: PyTree, tuned: Sequence[PyTree], inputs: Any) -> tuple[Any, ...]:
+    return (base, *tuned, *([inputs] if isinstance(model.inputs, str) else inputs))
+
+  def init(key: jax.Array, example: Any) -> tuple[PyTree, PyTree]:
+    params, own_state = reader.init(key, joined(base, tuned, example))
+    return params, {"base": base, "tuned": {str(index): tree for index, tree in enumerate(tuned)}, "model": own_state}
+
+  def apply(
+    params: PyTree, state: PyTree, inputs: Any, *, train: bool, key: jax.Array | None = None
   ) -> tuple[Any, PyTree]:
     models = [state["tuned"][str(index)] for index in range(len(tuned))]
-    merged = layer_wise(state["base"], models, params["coefficients"], layer_of)
-    outputs, own_state = model.apply(merged, state["model"], batch, train=train, key=key)
+    inputs = joined(state["base"], models, inputs)
+    outputs, own_state = reader.apply(params, state["model"], inputs, train=train, key=key)
     return outputs, {**state, "model": own_state}
 
   return Model(init, apply, model.inputs)
+
+
+def _start(initial: Any, base: PyTree, tuned: Sequence[PyTree], layer_of: Callable[[str], str]) -> jax.Array:
+  """The coefficients to start from, `[models, layers]`, after a look at the trees."""
+  align({"base": base} | several("tuned", tuned))
+  names, start = layers(base, layer_of), jnp.asarray(initial, jnp.float32)
+  if start.ndim < 2:  # a number, or one for each model
+    start = jnp.tile(per_model("initial", start, len(tuned))[:, None], len(names))
+  _check_coefficients(start.shape, len(tuned), names)
+  return start
 
 
 def _check_coefficients(shape: tuple[int, ...], models: int, names: Sequence[str]) -> None:

@@ -82,6 +82,28 @@ def test_learned_coefficients_merge_better_than_any_single_scale(base_and_tuned)
   np.testing.assert_allclose(other, 0.3, rtol=1e-5)  # a head that a task never saw has no difference to add
 
 
+def test_by_context_paths_the_same_is_learned_and_nothing_is_held(base_and_tuned):
+  base, tuned = base_and_tuned
+  batch, optimizer = make_batch(1), optax.sgd(0.5)
+  held = merging.learned(base, tuned, NETWORK, initial=[0.1, 0.6])
+  read = merging.learned("params.base", [f"params.{task}" for task in TASKS], NETWORK, initial=[0.1, 0.6])
+  assert read.inputs == ("params.base", "params.left", "params.right", "batch")
+  frozen = {name: (params, {}) for name, params in zip(("base", *TASKS), (base, *tuned), strict=True)}
+  after = {}
+  for name, merged in {"held": held, "read": read}.items():
+    learner = training.make_learner(dict.fromkeys(frozen, NETWORK) | {"merged": merged}, TERMS, optimizer)
+    state = learner.init(jax.random.key(0), batch, frozen)
+    after[name], _ = jax.jit(learner.step)(state, batch, frozen)
+  assert after["read"].model_state == {"merged": {}}
+  coefficients = [state.params["merged"]["coefficients"] for state in after.values()]
+  np.testing.assert_allclose(*coefficients, rtol=1e-6)
+  assert np.any(coefficients[0] != np.float32([[0.1], [0.6]]))
+  with pytest.raises(ValueError, match=r"all pytrees or all context paths; only \['base'\] are paths"):
+    merging.learned("params.base", tuned, NETWORK)
+  with pytest.raises(ValueError, match=r"tuned must be a sequence of pytrees.*got str"):
+    merging.learned("params.base", "params.left", NETWORK)
+
+
 def test_it_answers_as_the_network_with_the_merged_params(base_and_tuned):
   base, tuned = base_and_tuned
   coefficients = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)

@@ -117,7 +117,7 @@ def test_it_trains_is_saved_and_leaves(tmp_path):
   terms = {
     "soft": Term(losses.kl_soft_targets, {"student_logits": "student.logits", "teacher_logits": "teacher.logits"})
   }
-  learner = training.learner({"teacher": model, "student": model}, terms, optax.sgd(0.1))
+  learner = training.make_learner({"teacher": model, "student": model}, terms, optax.sgd(0.1))
   frozen = {"teacher": model.init(jax.random.key(5), BATCH)}
   state = learner.init(KEY, BATCH, frozen)
   after, _ = jax.jit(learner.step)(state, BATCH, frozen)
