@@ -48,8 +48,7 @@ def cifar(path: str | os.PathLike, *, classes: int = 10, validation: int = 0, se
     ValueError: a file is truncated or of another format; its expected and seen sizes are named. An image of zeros with
       a label of 0 tells a copy that was not finished, and two superclasses of one class a file that is not CIFAR-100.
 
-  Reference:
-    Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+  Reference: Alex Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", University of Toronto 2009.
   """
   if classes not in _CIFAR_FILES:
     raise ValueError(f"classes={classes}: CIFAR comes with 10 or 100")
@@ -82,8 +81,8 @@ def mnist(path: str | os.PathLike, *, validation: int = 0, seed: int = 0) -> dic
     FileNotFoundError: naming the file that is missing.
     ValueError: a file is truncated or of another format.
 
-  Reference:
-    LeCun, Bottou, Bengio and Haffner, Gradient-Based Learning Applied to Document Recognition, 1998.
+  Reference: Yann LeCun, Léon Bottou, Yoshua Bengio and Patrick Haffner, "Gradient-Based Learning Applied to Document
+  Recognition", Proceedings of the IEEE 86, 1998.
   """
   splits = {}
   for split, prefix in _MNIST_FILES.items():

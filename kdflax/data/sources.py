@@ -26,9 +26,8 @@ def digits(seed: int = 0, *, sizes: Sequence[int] = (1000, 297, 500)) -> dict[st
   Raises:
     ValueError: the sizes are not three, or do not fit the data.
 
-  Reference:
-    Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (the test
-    part of it is what scikit-learn bundles).
+  Reference: Ethem Alpaydin and Cenk Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+  Repository 1998 (the test part of it is what scikit-learn bundles).
   """
   _check_three(sizes)
   images, labels = _bundled("digits")
@@ -70,8 +69,8 @@ def overlaid_digits(
   Raises:
     ValueError: sizes that do not fit, or a canvas on which the digits do not overlap.
 
-  Reference:
-    Sabour, Frosst and Hinton, Dynamic Routing Between Capsules, 2017, arXiv:1710.09829.
+  Reference: Sara Sabour, Nicholas Frosst and Geoffrey Hinton, "Dynamic Routing Between Capsules", 2017, arXiv
+  1710.09829.
   """
   _check_three(sizes)
   if not 9 <= canvas <= 15:
@@ -122,9 +121,8 @@ def tabular(seed: int = 0, *, problem: str = "diabetes", sizes: Sequence[int] | 
   Raises:
     ValueError: an unknown problem, or sizes that do not fit.
 
-  Reference:
-    Efron, Hastie, Johnstone and Tibshirani, Least Angle Regression, 2004 (diabetes); Aeberhard and Forina, Wine, UCI
-    Machine Learning Repository, 1991.
+  Reference: Bradley Efron, Trevor Hastie, Iain Johnstone and Robert Tibshirani, "Least Angle Regression", The Annals of
+  Statistics 32, 2004 (diabetes); Stefan Aeberhard and Michele Forina, "Wine", UCI Machine Learning Repository 1991.
   """
   problems = {"diabetes": _diabetes, "wine": _wine}
   if problem not in problems:
