@@ -62,6 +62,18 @@ def check_batch_size(batch_size: int | None) -> None:
     raise ValueError(f"batch_size must be at least 1; got {batch_size}")
 
 
+def check_parts(accumulate: int, terms: Mapping[str, Term]) -> None:
+  """Refuses to split a batch whose examples are compared."""
+  if accumulate < 1:
+    raise ValueError(f"accumulate must be at least 1, the number of parts of a batch; got {accumulate}")
+  compared = [name for name, term in terms.items() if compares_examples(term)]
+  if accumulate > 1 and compared:
+    raise ValueError(
+      f"terms {compared} compare the examples of a batch, so accumulate={accumulate} parts would not give its value;"
+      " leave accumulate at 1 or those terms out"
+    )
+
+
 def check_frozen(models: Mapping[str, Model], averages: Mapping[str, Average], frozen: Variables) -> None:
   """Refuses frozen models that are no models, or that an average would follow for nothing."""
   unknown = set(frozen) - set(models)
@@ -145,8 +157,8 @@ def check_accumulates(
   if wrong:
     named = ", ".join(f"{what} {names}" for what, names in wrong.items())
     raise ValueError(
-      f"optax.MultiSteps gives another update than the large batch does, for {named}; take its optimizer without it,"
-      " and give the step the large batch"
+      f"optax.MultiSteps gives another update than the large batch does, for {named}; give the step the large batch,"
+      " and make_learner the optimizer without it and accumulate=n (relations need the large batch at once)"
     )
 
 

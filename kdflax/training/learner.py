@@ -17,6 +17,7 @@ from kdflax.objectives import Metrics, Term, evaluate
 from kdflax.training import checks
 from kdflax.training.forward import init_models, run_fixed, run_trained, start_context
 from kdflax.training.mesh import replicated
+from kdflax.training.passes import Passes, Rows, pass_in_parts, pass_whole, split_batch
 from kdflax.training.state import Average, Penalty, TrainState
 from kdflax.training.update import at, followed, follower, over_devices, penalize, unless_spoilt, widened
 
@@ -54,6 +55,7 @@ class _Program(NamedTuple):
   weigh_own: bool
   batch_size: int | None
   skip_not_finite: bool
+  accumulate: int
   sample: Sample | None
   axis_name: AxisName
 
@@ -71,6 +73,7 @@ def make_learner(
   weigh_own: bool = True,
   batch_size: int | None = None,
   skip_not_finite: bool = False,
+  accumulate: int = 1,
   sample: Sample | None = None,
   axis_name: AxisName = None,
 ) -> Learner:
@@ -110,6 +113,11 @@ def make_learner(
     skip_not_finite: whether an update is left out whose gradient is not finite, or that would make something of the
       state so that was finite: params, statistics, optimizer, balancer and averages stay as they are, and only the
       number of steps moves. The metric `skipped` is 1 then, and the others do not count that step.
+    accumulate: in how many equal parts a step works through its batch, by the first axis, with the memory of one part.
+      The update is that of the whole batch for every Term that is a mean over examples or tokens, whichever the
+      balancer; averages, schedules and the number of steps move once. Losses that compare examples are refused. What a
+      model does to a batch it does to each part: BatchNorm normalises by the statistics of the part, and its running
+      statistics move with every part, one after another.
     sample: `(data, key, step) -> batch`, to draw batches from arrays that stay on the device.
     axis_name: mapped axis when the step runs inside `pmap` or `shard_map`; gradients and floating-point statistics are
       then averaged over it, while counters and other integers stay each device's own. None under plain `jit`, on a mesh
@@ -120,12 +128,15 @@ def make_learner(
 
   Raises:
     ValueError: if a row names an unknown term or leaves one out, an average follows a model that is unknown or not
-      trained or its decay is not in [0, 1], a penalty has the name of a term or a negative weight, `batch_size` < 1, or
+      trained or its decay is not in [0, 1], a penalty has the name of a term or a negative weight, a model has a name
+      that no path can hold, `batch_size` or `accumulate` < 1, a loss compares examples that are to be accumulated, or
       (at trace time) a context path does not exist, arrays do not fit a loss, a penalty is no scalar, a frozen or
       averaged model reads a trained one, nothing trains a model that is not frozen, an average is of another shape than
-      what it follows, or a step is given other frozen models than `init` was.
+      what it follows, an optimizer accumulates by itself where that is another update or evaluates the objective anew,
+      a batch does not split into equal parts, or a step is given other frozen models than `init` was.
   """
   checks.check_batch_size(batch_size)
+  checks.check_parts(accumulate, terms)
   program = _Program(
     checks.checked_models(models),
     dict(terms),
@@ -138,6 +149,7 @@ def make_learner(
     weigh_own,
     batch_size,
     skip_not_finite,
+    accumulate,
     sample,
     axis_name,
   )
@@ -155,6 +167,10 @@ def _init(program: _Program, key: jax.Array, data: PyTree, frozen: Variables | N
   checks.check_frozen(models, averages, frozen)
   checks.check_reads(models, _fixed(program, frozen))
   batch = data if program.sample is None else jax.eval_shape(program.sample, data, key, jnp.int32(0))
+  if program.accumulate > 1:
+    batch = jax.eval_shape(
+      lambda batch: jax.tree.map(lambda leaf: leaf[0], split_batch(batch, program.accumulate)), batch
+    )
   sources = {name: average.source for name, average in averages.items()}
   variables, context = init_models(models, key, batch, frozen, sources)
   jax.eval_shape(lambda context: evaluate(program.terms, context, 0), context)  # mistakes show before anything runs
@@ -190,15 +206,13 @@ def _step(
   checks.check_frozen(program.models, program.averages, frozen)
   checks.check_variables(program.models, state, frozen)
   key = jax.random.fold_in(state.key, state.step)
-  context = _fixed_context(program, state, data, frozen)
-  objective = functools.partial(_objective, program, state, context, key)
-  split = partition(state.params, program.shared, name="shared")
-  losses, pullback, (states, metrics) = jax.vjp(objective, *split, has_aux=True)
+  batch = data if program.sample is None else program.sample(data, named_key(state.key, "data"), state.step)
+  losses, pullback, present, states, metrics = _passes(program, state, batch, frozen, key)
   update = balancing.update_rows(
     program.balancer,
     losses,
     pullback,
-    _present(program, metrics, state.step),
+    present,
     state.balancer_state,
     key=named_key(key, "balancer"),
     weigh_own=program.weigh_own,
@@ -227,31 +241,41 @@ def _fixed(program: _Program, frozen: Variables) -> list[str]:
   return [name for name in program.models if name in frozen or name in program.averages]
 
 
-def _fixed_context(program: _Program, state: TrainState, data: PyTree, frozen: Variables) -> dict[str, Any]:
-  """The batch, and what the models that are not trained make of it, without a gradient."""
-  batch = data if program.sample is None else program.sample(data, named_key(state.key, "data"), state.step)
-  followers = {name: follower(state, average.source, name) for name, average in program.averages.items()}
-  names, context = _fixed(program, frozen), start_context(batch, state.step)
-  return jax.lax.stop_gradient(run_fixed(program.models, names, {**frozen, **followers}, context))
+def _passes(program: _Program, state: TrainState, batch: PyTree, frozen: Variables, key: jax.Array) -> Passes:
+  """Goes through the objective with a batch, in as many parts as are asked for."""
+  run = functools.partial(_run, program, state, frozen)
+  rows = Rows(functools.partial(_losses, program), functools.partial(_present, program, step=state.step))
+  params = partition(state.params, program.shared, name="shared")
+  if program.accumulate == 1:
+    return pass_whole(run, rows, params, state.model_state, batch, key)
+  balanced = program.balancer is not None
+  return pass_in_parts(run, rows, params, state.model_state, batch, key, parts=program.accumulate, balanced=balanced)
 
 
-def _objective(
+def _run(
   program: _Program,
   state: TrainState,
-  context: Mapping[str, Any],
+  frozen: Variables,
+  params: dict[str, PyTree],
+  states: dict[str, PyTree],
+  batch: PyTree,
   key: jax.Array,
-  shared_params: PyTree,
-  own_params: PyTree,
-) -> tuple[jax.Array, tuple[dict[str, PyTree], Metrics]]:
-  """Returns the losses of the rows `[T]`, and with them the next states of the models and the metrics."""
-  params = merge(shared_params, own_params)
-  seen, states = run_trained(program.models, params, state.model_state, context, key)
+) -> tuple[dict[str, jax.Array], Metrics, dict[str, PyTree]]:
+  """Runs all models on a batch; returns the value of each Term, the metrics, and the next states of the models."""
+  followers = {name: follower(state, average.source, name) for name, average in program.averages.items()}
+  fixed = run_fixed(program.models, _fixed(program, frozen), {**frozen, **followers}, start_context(batch, state.step))
+  seen, moved = run_trained(program.models, params, states, jax.lax.stop_gradient(fixed), key)
   guard = program.balancer is not None
   values, metrics = evaluate(program.terms, seen, state.step, axis_name=program.axis_name, guard=guard)
-  return jnp.stack([sum(values[term] for term in row) for row in program.rows.values()]), (states, metrics)
+  return values, metrics, moved
 
 
-def _present(program: _Program, metrics: Metrics, step: jax.Array) -> jax.Array:
+def _losses(program: _Program, values: Mapping[str, jax.Array]) -> jax.Array:
+  """The losses of the rows, `[T]`."""
+  return jnp.stack([sum(values[term] for term in row) for row in program.rows.values()])
+
+
+def _present(program: _Program, metrics: Metrics, *, step: jax.Array) -> jax.Array:
   """Which rows have examples, bool `[T]`; those of a Term whose weight is 0 now do not count."""
   counts = {name: jnp.where(at(term.weight, step) > 0, metrics[name][1], 0) for name, term in program.terms.items()}
   return jnp.stack([sum(counts[term] for term in row) > 0 for row in program.rows.values()])
