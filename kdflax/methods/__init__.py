@@ -10,7 +10,7 @@ method.models` and `{"hard": hard} | method.terms`; `training.train_stages` runs
 from kdflax.methods.activations import activation_boundary, ofd
 from kdflax.methods.catalogue import CATALOGUE, SOURCES, TOOLS, Entry, paper
 from kdflax.methods.contrast import crd
-from kdflax.methods.features import attention_transfer, factor_transfer, fitnets, review_kd, vid
+from kdflax.methods.features import attention_transfer, factor_transfer, fitnets, mgd, review_kd, vid
 from kdflax.methods.heads import cat_kd, simkd
 from kdflax.methods.logits import ctkd, dist, dkd, hard_targets, mlkd, nkd, soft_targets, standardized_targets
 from kdflax.methods.method import Method, Stage, Weight
@@ -50,6 +50,7 @@ __all__ = [
   "ickd",
   "info_nce",
   "kdsvd",
+  "mgd",
   "mlkd",
   "nkd",
   "nst",

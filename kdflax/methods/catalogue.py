@@ -99,6 +99,7 @@ SOURCES = {
   "l": "MLKD",
   "n": "NKD",
   "v": "SimKD",
+  "y": "MGD",
 }
 
 CATALOGUE: dict[str, Entry] = {
@@ -339,9 +340,24 @@ CATALOGUE: dict[str, Entry] = {
   ),
   "info_nce": Entry("InfoNCE", losses.info_nce, "embeddings of one width", relations.info_nce),
   # more than one loss, or none of their own
-  "rkd": Entry("RKD", losses.rkd_distance, "embedding", relations.rkd, setting="25 and 50", source="r, m"),
+  "rkd": Entry(
+    "RKD",
+    losses.rkd_distance,
+    "embedding",
+    relations.rkd,
+    weight=1.0,
+    setting=", distances times 25 and angles times 50",
+    source="r, m",
+  ),
   "mlkd": Entry(
-    "MLKD", losses.class_correlation, "logits", logits.mlkd, setting="0.9 each, cross-entropy 0.1", source="l", hard=0.1
+    "MLKD",
+    losses.class_correlation,
+    "logits",
+    logits.mlkd,
+    weight=0.9,
+    setting=" for each of three Terms at each T of 2 to 6, cross-entropy 0.1",
+    source="l",
+    hard=0.1,
   ),
   "ctkd": Entry(
     "CTKD",
@@ -352,6 +368,14 @@ CATALOGUE: dict[str, Entry] = {
     setting=", T from 1 to 21, reversal 0 to 1 in 10 epochs, cross-entropy 0.1",
     source="t",
     hard=0.1,
+  ),
+  "mgd": Entry(
+    "MGD",
+    losses.hint,
+    "feature maps of one size",
+    features.mgd,
+    setting="2e-5 times the sum over the map, 65 % hidden, for detectors",
+    source="y",
   ),
   "simkd": Entry(
     "SimKD",

@@ -1,13 +1,16 @@
 """Methods on feature maps, through connectors that learn with the student and stay behind when it leaves."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from kdflax import losses, models
-from kdflax.methods.method import Method, Stage, Weight, alone
-from kdflax.methods.outputs import of_maps
+from kdflax.methods.method import Method, Stage, Weight, alone, times
+from kdflax.methods.outputs import adapted, of_maps
 from kdflax.methods.pairs import Pair
+from kdflax.model import Model, PyTree
 from kdflax.objectives import Term
 
 
@@ -200,6 +203,66 @@ def factor_transfer(
   if joint:
     return Method(connectors, terms | rebuild)
   return Method(connectors, terms, {paraphraser: Stage(own, rebuild, frozen=(paraphraser,))})
+
+
+def mgd(pair: Pair, *, stages: Sequence[str] | None = None, masked: float = 0.65, weight: Weight = 2e-5) -> Method:
+  """Generate the teacher's map from a part of the student's, whose other positions are hidden at random.
+
+  The student's map, through a 1x1 convolution where channels differ, is set to 0 at some positions; two 3x3
+  convolutions with a ReLU between them must make the teacher's map of the rest. In evaluation nothing is hidden.
+
+  Args:
+    pair: of models with feature maps of equal sizes.
+    stages: which, by the student's names; the last by default. The paper takes all levels of a detector's pyramid.
+    masked: share of the positions that are hidden, anew for every example and step.
+    weight: of the squared difference summed over the map, as published; a number or a schedule.
+
+  Returns:
+    A method with the models `mgd_STAGE_masked`, `mgd_STAGE_hidden` and `mgd_STAGE_generated` (and `mgd_STAGE` where
+    channels differ) and the Terms `mgd/STAGE`.
+
+  Raises:
+    ValueError: if `masked` is not in [0, 1), or sizes differ.
+
+  Reference: Zhendong Yang, Zhe Li, Mingqi Shao, Dachuan Shi, Zehuan Yuan and Chun Yuan, "Masked Generative
+  Distillation", 2022, arXiv 2205.01529.
+
+  Examples:
+    >>> import numpy as np
+    >>> from kdflax import methods, models
+    >>> batch = {"image": np.zeros((2, 8, 8, 1), np.float32)}
+    >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
+    >>> list(methods.mgd(pair).models)
+    ['mgd_stage2', 'mgd_stage2_masked', 'mgd_stage2_hidden', 'mgd_stage2_generated']
+  """
+  if not 0 <= masked < 1:
+    raise ValueError(f"masked must be in [0, 1); got {masked}")
+  name, stages = pair.named("mgd"), pair.some_stages()[-1:] if stages is None else stages
+  connectors, paths = adapted(pair, stages, name)
+  terms = {}
+  for stage in stages:
+    shape = pair.shapes(stage, same_size=True)[1]
+    hiding, hidden, generated = (f"{name}_{stage}_{part}" for part in ("masked", "hidden", "generated"))
+    connectors[hiding] = _positions_hidden(paths[stage], masked)
+    connectors[hidden] = models.conv_connector(f"{hiding}.output", shape[-1], kernel=3, activation=jax.nn.relu)
+    connectors[generated] = models.conv_connector(f"{hidden}.output", shape[-1], kernel=3)
+    inputs = {"student": f"{generated}.output", "teacher": pair.features(stage)[1]}
+    terms[f"{name}/{stage}"] = Term(losses.hint, inputs, times(weight, math.prod(shape[1:])))
+  return Method(connectors, terms)
+
+
+def _positions_hidden(path: str, share: float) -> Model:
+  """A model without params that sets a map to 0 at random positions, in training."""
+
+  def init(key: jax.Array, example: Any) -> tuple[PyTree, PyTree]:
+    return {}, {}
+
+  def apply(params: PyTree, state: PyTree, x: Any, *, train: bool, key: jax.Array | None = None) -> tuple[Any, PyTree]:
+    if train and key is not None:
+      x = x * jax.random.bernoulli(key, 1 - share, (*x.shape[:-1], 1))
+    return {"output": x}, state
+
+  return Model(init, apply, path)
 
 
 def _stride(pair: Pair, stage: str) -> int:

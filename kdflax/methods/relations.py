@@ -5,19 +5,20 @@ from typing import Any
 import jax
 
 from kdflax import losses
-from kdflax.methods.method import Method, Weight
+from kdflax.methods.method import Method, Weight, times
 from kdflax.methods.outputs import of_embeddings, of_maps
 from kdflax.methods.pairs import Pair
 from kdflax.numerics.safe import l2_normalize
 
 
-def rkd(pair: Pair, *, distance_weight: Weight = 25.0, angle_weight: Weight = 50.0) -> Method:
+def rkd(pair: Pair, *, distance: float = 25.0, angle: float = 50.0, weight: Weight = 1.0) -> Method:
   """Learn the distances between the embeddings of a batch, and the angles of their triangles.
 
   Args:
     pair: of models with an `embedding`, of any widths.
-    distance_weight: of the Term of distances, a number or a schedule.
-    angle_weight: of the Term of angles, a number or a schedule.
+    distance: share of the Term of distances.
+    angle: share of the Term of angles.
+    weight: of both, a number or a schedule.
 
   Returns:
     A method with the Terms `rkd_distance` and `rkd_angle`.
@@ -31,8 +32,8 @@ def rkd(pair: Pair, *, distance_weight: Weight = 25.0, angle_weight: Weight = 50
     >>> list(methods.rkd(pair).terms)
     ['rkd_distance', 'rkd_angle']
   """
-  distances = of_embeddings(pair, losses.rkd_distance, weight=distance_weight)
-  return distances | of_embeddings(pair, losses.rkd_angle, weight=angle_weight)
+  distances = of_embeddings(pair, losses.rkd_distance, weight=times(weight, distance))
+  return distances | of_embeddings(pair, losses.rkd_angle, weight=times(weight, angle))
 
 
 def similarity_preserving(pair: Pair, *, weight: Weight = 3000.0) -> Method:

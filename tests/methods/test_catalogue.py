@@ -17,7 +17,7 @@ from tests.methods.case import BATCH, STUDENT, TEACHER, frozen, given, pair
 
 BUILT = {name: entry for name, entry in methods.CATALOGUE.items() if entry.build is not None}
 REPLACES_THE_STUDENT = ("simkd",)
-PUTS_TOGETHER = ("rkd",)  # what is there under its own names
+PUTS_TOGETHER = ("rkd",)  # what has entries of its own
 
 
 def build(name, **more):
@@ -64,12 +64,14 @@ def test_entries_say_where_their_numbers_come_from():
 def test_the_default_weight_is_the_published_one(name):
   """Where one was published for what the function makes."""
   entry = BUILT[name]
-  default = inspect.signature(entry.function).parameters.get("weight")
+  parameters = inspect.signature(entry.function).parameters
   if entry.weight is None or entry.function.__name__.startswith("of_"):
     return
-  method = build(name, joint=True) if "joint" in inspect.signature(entry.function).parameters else build(name)
-  weights = [term.weight for term in flat(method).terms.values()]
-  assert max(weights) == entry.weight, default
+  if parameters["weight"].default is None:  # it depends
+    weights = [term.weight for term in build(name, joint=True).terms.values()]
+    assert set(weights) == {entry.weight}
+  else:
+    assert parameters["weight"].default == entry.weight
 
 
 def filled(shapes):

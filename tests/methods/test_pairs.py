@@ -126,6 +126,7 @@ HEAD = {"kernel": jnp.zeros((5, 3))}
     (lambda p: methods.of_logits(p, losses.dkd, beta=1.0), MAPS, MAPS, r"dkd needs \['labels'\]"),
     (lambda p: methods.dkd(p, betta=1.0), MAPS, MAPS, r"dkd has no argument \['betta'\]"),
     (lambda p: methods.of_logits(p, _Nameless()), MAPS, MAPS, "has no name of its own; give the method one: name="),
+    (lambda p: methods.mgd(p, masked=1.0), MAPS, MAPS, r"masked must be in \[0, 1\); got 1.0"),
     (lambda p: methods.crd(p, num_examples=1), MAPS, MAPS, "num_examples must be at least 2 and .*; got 1 and"),
     (lambda p: methods.crd(p, num_examples=3, labels=np.zeros(2, int)), MAPS, MAPS, r"0, 1, ... of the 3 examples"),
     (lambda p: methods.crd(p, num_examples=2, labels=np.zeros(2, int)), MAPS, MAPS, "all 2 labels are 0"),
@@ -177,3 +178,14 @@ def test_class_maps_are_the_heads_at_each_position():
   classes = student.mean((1, 2)) @ heads[0] - teacher.mean((1, 2)) @ heads[1]
   values = term.loss(student, teacher, *heads, size=1, normalize=False)
   np.testing.assert_allclose(values, np.square(classes).mean(1), rtol=1e-5)
+
+
+def test_mgd_hides_positions_of_every_example_in_training_only():
+  model = methods.mgd(pair(), masked=0.5).models["mgd_stage2_masked"]
+  x, key = jnp.ones((50, 3, 3, 6)), jax.random.key(0)
+  hidden = np.asarray(model.apply({}, {}, x, train=True, key=key)[0]["output"])
+  assert set(np.unique(hidden)) == {0, 1} and (hidden == hidden[..., :1]).all()
+  assert 0.4 < hidden.mean() < 0.6 and len(np.unique(hidden[..., 0].reshape(50, -1), axis=0)) > 30
+  np.testing.assert_array_equal(model.apply({}, {}, x, train=False, key=key)[0]["output"], x)
+  np.testing.assert_array_equal(model.apply({}, {}, x, train=True)[0]["output"], x)
+  assert methods.mgd(pair(), weight=0.5).terms["mgd/stage2"].weight == 0.5 * 3 * 3 * 6
