@@ -1,6 +1,7 @@
 """The generated pages are those that the code would generate now."""
 
 import pathlib
+import re
 import runpy
 
 import pytest
@@ -40,3 +41,17 @@ def test_a_docstring_without_formula_or_reference_is_an_error(methods):
     methods["formula"](silent)
   with pytest.raises(ValueError, match="silent must say: Reference"):
     methods["paper"](silent)
+
+
+def test_the_contract_names_every_test_that_checks_it():
+  """Every test of the contract suite stands under a rule, and every test that a rule names exists."""
+  root = GENERATOR.parents[1]
+  page = (root / "docs" / "contract.md").read_text()
+  named = set(re.findall(r"`(test_\w+)`", page))
+  suite = set(
+    re.findall(r"^def (test_\w+)", (root / "tests" / "losses" / "test_contract.py").read_text(), re.MULTILINE)
+  )
+  layering = set(re.findall(r"^def (test_\w+)", (root / "tests" / "test_layering.py").read_text(), re.MULTILINE))
+  assert suite - {"test_every_public_loss_has_a_case"} <= named, "put it under its rule in docs/contract.md"
+  assert named <= suite | layering
+  assert re.findall(r"^## (\d)\. ", page, re.MULTILINE) == list("123456789")

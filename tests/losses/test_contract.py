@@ -1,4 +1,4 @@
-"""The contract of DESIGN.md, tried on every public loss."""
+"""The contract of docs/contract.md, tried on every public loss."""
 
 import functools
 import inspect
