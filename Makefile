@@ -1,21 +1,43 @@
-# Two commands for a bare clone; each makes .venv first if it is not there. Needs make, git and Python >= 3.11.
+# Each command works in a bare clone: it makes .venv first if it is not there. Needs make, git and Python >= 3.11.
 PYTHON ?= python3
 RUN = .venv/bin/python
+BENCHMARKS ?= balancing composite features logits nuclear_norm relations step
+# One test of every kind; what compiles for minutes (devices, second derivatives, whole runs) is left to `make test`.
+QUICK = tests/test_layering.py tests/test_style.py tests/test_packaging.py tests/test_docs.py tests/test_contributing.py \
+  tests/test_readme.py tests/test_objectives.py tests/data tests/coupling/test_penalties.py \
+  tests/balancing/test_weightings.py tests/models/test_networks.py tests/merging/test_merging.py \
+  tests/training/test_checkpoints.py tests/training/test_metrics.py tests/losses/test_contract.py \
+  -k "not devices and not finite_differences and not dropping and not outside_of_jit and not another_process"
 
-.PHONY: distill test lint clean
+.DEFAULT_GOAL := help
+.PHONY: help distill test quick lint docs bench clean
 
-distill: .venv/installed  ## the main job: teacher, students and their table on real data
+help:  ## this list
+	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
+
+distill: .venv/installed  ## the main job: teacher, students and their table on real data, about a minute
 	@echo "== distilling on scikit-learn's digits; results go to runs/distill (about a minute)"
 	$(RUN) -m experiments.distill
 
-test: .venv/installed  ## the tests
-	@echo "== running the tests (about a quarter of an hour on two cores)"
-	$(RUN) -m pytest
+test: .venv/installed  ## all tests, and which twenty took longest
+	@echo "== running the tests"
+	$(RUN) -m pytest --durations=20
 
-lint: .venv/installed  ## formatting, lint and types
+quick: .venv/installed  ## the two-minute subset of the tests
+	@echo "== running the two-minute subset of the tests"
+	$(RUN) -m pytest -m "not slow" $(QUICK)
+
+lint: .venv/installed  ## formatting, lint, types, and that all that is public has a type
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+	PYTHONPATH=. $(RUN) -m pyright --pythonpath $(RUN) --verifytypes kdflax --ignoreexternal
+
+docs: .venv/installed  ## writes the generated pages, docs/methods.md and docs/balancing.md
+	@for page in docs/generate_*.py; do echo "== $$page" && $(RUN) -m docs.$$(basename $$page .py) || exit 1; done
+
+bench: .venv/installed  ## speed and memory beside the peers that are installed: make bench BENCHMARKS="features step"
+	@for name in $(BENCHMARKS); do echo "== benchmarks.$$name" && $(RUN) -m benchmarks.$$name || exit 1; done
 
 .venv/installed: requirements.txt setup.cfg
 	@echo "== making .venv and installing the pinned requirements into it (about a minute)"
@@ -24,5 +46,5 @@ lint: .venv/installed  ## formatting, lint and types
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-clean:  ## remove what the commands made
+clean:  ## removes what the commands made
 	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info
