@@ -5,8 +5,9 @@ from kdflax.model import named_key
 from kdflax.training import metrics
 from kdflax.training.checkpoints import Checkpoints
 from kdflax.training.evaluation import apply_models, make_eval_step
+from kdflax.training.finite import Diverged
 from kdflax.training.learner import Learner, learner, make_learner, make_train_step
-from kdflax.training.loop import fit
+from kdflax.training.loop import Evaluation, Logging, Saving, fit
 from kdflax.training.mesh import make_mesh, place_batch, replicated
 from kdflax.training.run import (
   PREEMPTED,
@@ -23,12 +24,16 @@ __all__ = [
   "PREEMPTED",
   "Average",
   "Checkpoints",
+  "Diverged",
+  "Evaluation",
   "Learner",
+  "Logging",
   "MetricsLog",
   "Penalty",
   "Preempted",
   "RunDirectory",
   "RunDirectoryError",
+  "Saving",
   "TrainState",
   "apply_models",
   "digest",

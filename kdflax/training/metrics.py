@@ -8,14 +8,17 @@ A label that is no class (-1, say, for one that is missing) is never right: as i
 0. Mask such examples by the `where` of the Term to leave them out.
 """
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 Sums = Mapping[str, tuple[Any, Any]]
+_LOG = logging.getLogger(__name__)
 TaskMetrics = Mapping[str, Mapping[str, Any]]  # by task and metric
 
 
@@ -192,9 +195,61 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, *, bins: 
   return float(np.abs(gap).sum() / len(labels))
 
 
+class Running(NamedTuple):
+  """Sums of (sum, count) pairs in two parts, by name: what has been added, and what adding has rounded away."""
+
+  high: Sums
+  low: Sums
+
+
 def add(total: Sums | None, new: Sums) -> Sums:
-  """Adds (sum, count) pairs by name."""
-  return new if total is None else jax.tree.map(lambda a, b: a + b, total, new)
+  """Adds (sum, count) pairs by name: on the host in float64, so that 60,000 batches add up; as they are under `jit`."""
+  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((total, new))):
+    return new if total is None else jax.tree.map(lambda a, b: a + b, total, new)
+  new = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), new)
+  return new if total is None else jax.tree.map(lambda a, b: np.asarray(a, np.float64) + b, total, new)
+
+
+def start_running(new: Sums) -> Running:
+  """Nothing, in the shapes and dtypes of what is to be added."""
+  nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), new)
+  return Running(nothing, nothing)
+
+
+@jax.jit
+def accumulate(running: Running, new: Sums) -> Running:
+  """Adds on the device, without waiting for it, and keeps the rounding error of each addition (Knuth's TwoSum)."""
+  high = jax.tree.map(lambda a, b: a + b, running.high, new)
+  rounded = lambda a, b, s: (a - (s - (s - a))) + (b - (s - a))
+  return Running(high, jax.tree.map(lambda low, *sums: low + rounded(*sums), running.low, running.high, new, high))
+
+
+def total(running: Running) -> Sums:
+  """The sums in float64, on the host."""
+  high, low = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), part) for part in running)
+  return jax.tree.map(lambda a, b: np.where(np.isfinite(a), a + b, a), high, low)
+
+
+def saved_running(running: Running) -> dict[str, Any]:
+  """The sums as JSON."""
+  return {name: [np.asarray(leaf).tolist() for part in running for leaf in part[name]] for name in running.high}
+
+
+def resumed_running(phase: str, saved: Mapping[str, Any], like: Running) -> Running:
+  """What a checkpoint has of a window of the log, or nothing, with a warning, if the metrics are others now."""
+  kinds = {name: [leaf for part in like for leaf in part[name]] for name in like.high}
+  found = {name: [np.shape(value) for value in values] for name, values in saved.items()}
+  if found != {name: [leaf.shape for leaf in leaves] for name, leaves in kinds.items()}:
+    _LOG.warning(
+      "%s: the checkpoint has sums of the metrics %s, the program has %s; the next row of the log has the means since"
+      " the checkpoint only",
+      phase,
+      sorted(saved),
+      sorted(kinds),
+    )
+    return like
+  arrays = {n: [np.asarray(v, leaf.dtype) for v, leaf in zip(saved[n], kinds[n], strict=True)] for n in kinds}
+  return Running({n: (a[0], a[1]) for n, a in arrays.items()}, {n: (a[2], a[3]) for n, a in arrays.items()})
 
 
 def means(sums: Sums) -> dict[str, Any]:

@@ -136,3 +136,28 @@ def test_sums_add_before_they_are_divided():
 def test_sums_keep_the_axis_of_the_seeds_and_zero_counts_are_no_error():
   sums = {"loss": (jnp.array([2.0, 3.0]), jnp.array([2.0, 2.0])), "absent": (jnp.float32(0), jnp.float32(0))}
   assert metrics.means(metrics.add(sums, sums)) == {"loss": [1.0, 1.5], "absent": 0.0}
+
+
+def test_sums_and_counts_are_exact_beyond_what_float32_counts():
+  """2**24 + 1 is no number of float32; 60,000 batches of 512 examples count more."""
+  new = {"loss": (jnp.float32(0.1) * 512, jnp.float32(512)), "tokens": (jnp.float32(2**24), jnp.float32(1))}
+  expected = float(np.float64(np.float32(0.1) * 512) / 512)
+  total, running = None, metrics.start_running(new)
+  for _ in range(5):
+    total, running = metrics.add(total, new), metrics.accumulate(running, new)
+  grown = lambda pair: (np.float64(pair[0]) * 12_000, pair[1] * 12_000)
+  assert metrics.means({"loss": grown(total["loss"])})["loss"] == pytest.approx(expected, rel=1e-12)
+  scan = jax.jit(lambda r: jax.lax.fori_loop(0, 60_000, lambda _, r: metrics.accumulate(r, new), r))
+  running = scan(metrics.start_running(new))
+  sums = metrics.total(running)
+  assert sums["tokens"] == (60_000 * 2**24, 60_000) and sums["loss"][1] == 60_000 * 512
+  assert metrics.means(sums)["loss"] == pytest.approx(expected, rel=1e-12)
+  assert abs(float(running.high["loss"][0]) / (60_000 * 512) - expected) > 1e-5  # float32 alone loses
+
+
+def test_sums_that_are_not_finite_stay_so():
+  for value in (np.inf, -np.inf, np.nan):
+    running = metrics.start_running({"loss": (jnp.float32(0), jnp.float32(0))})
+    for term in (1.0, value, 2.0):
+      running = metrics.accumulate(running, {"loss": (jnp.float32(term), jnp.float32(1))})
+    np.testing.assert_equal(metrics.means(metrics.total(running))["loss"], value)
