@@ -1,5 +1,6 @@
 """Metrics against plain NumPy, and sums that add up."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
