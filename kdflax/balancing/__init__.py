@@ -1,27 +1,10 @@
 """Balancing several tasks: weights from losses and gradients, each method one function."""
 
-from kdflax.balancing.balancers import (
-  Balancer,
-  from_weighting,
-  grad_norm,
-  grad_vac,
-  joint_loss,
-  smoothed,
-)
-from kdflax.balancing.combiners import Combiner, db_mtl, excess_mtl, from_balancer, from_function, moco
-from kdflax.balancing.gradients import (
-  combine,
-  conflict_count,
-  grad_drop,
-  gradient_cosines,
-  gramian,
-  per_group,
-  representation_gradients,
-  task_gradients,
-  trimmed_mean,
-)
-from kdflax.balancing.rows import Pullback, RowsUpdate, init_rows, update_rows
-from kdflax.balancing.scalarizers import (
+from kdflax.balancing.balancer import Balancer, joint_loss, smoothed
+from kdflax.balancing.combiner import Combiner, from_balancer, from_function
+from kdflax.balancing.from_gradients import db_mtl, excess_mtl, grad_drop, moco, trimmed_mean
+from kdflax.balancing.from_gramian import from_weighting, grad_norm, grad_vac
+from kdflax.balancing.from_losses import (
   cosmos,
   dynamic_weight_average,
   famo,
@@ -33,20 +16,18 @@ from kdflax.balancing.scalarizers import (
   smooth_tchebycheff,
   uncertainty,
 )
-from kdflax.balancing.weightings import (
-  aligned_mtl,
-  cagrad,
-  conflict_free,
-  dual_projection,
-  fair_grad,
-  imtl_g,
-  krum,
-  mgda,
-  nash_mtl,
-  pcgrad,
-  random_order,
-  upgrad,
+from kdflax.balancing.gradients import (
+  combine,
+  conflict_count,
+  gradient_cosines,
+  gramian,
+  per_group,
+  representation_gradients,
+  task_gradients,
 )
+from kdflax.balancing.rows import Pullback, RowsUpdate, init_rows, update_rows
+from kdflax.balancing.shares import aligned_mtl, conflict_free, fair_grad, imtl_g, nash_mtl
+from kdflax.balancing.weightings import cagrad, dual_projection, krum, mgda, pcgrad, random_order, upgrad
 
 __all__ = [
   "Balancer",

@@ -13,79 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kdflax.balancing._problem import Problem, matvec
+
 _MAX_SOLVES = 6  # of the projections, with growing margins
-
-
-class Problem(NamedTuple):
-  gramian: jax.Array  # [T, T], largest diagonal entry 1, absent tasks zero
-  scale: jax.Array  # what the Gramian was divided by
-  cosines: jax.Array  # [T, T], unit diagonal, rows that take no part are those of the identity
-  norms: jax.Array  # [T], in units of the largest
-  inverse_norms: jax.Array  # [T], 0 for rows that take no part
-  valid: jax.Array  # [T], present and not zero
-  present: jax.Array  # [T]
-  number: jax.Array | int  # how many are present
-
-
-def check_gramian(gramian: jax.Array, present: jax.Array | None = None, num_tasks: int | None = None) -> None:
-  """Raise ValueError unless `gramian` is `[T, T]` and `present` is `[T]` bool."""
-  if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or not gramian.shape[0]:
-    raise ValueError(f"gramian must be square, [T, T], and not empty; got shape {gramian.shape}. For groups, use vmap.")
-  tasks = gramian.shape[0]
-  if num_tasks is not None and num_tasks != tasks:
-    raise ValueError(f"gramian has shape {gramian.shape} but there are {num_tasks} tasks.")
-  if jnp.issubdtype(gramian.dtype, jnp.complexfloating):
-    raise ValueError(f"gramian must be real; got dtype {gramian.dtype}.")
-  if present is not None:
-    check_present(present, tasks)
-
-
-def check_present(present: jax.Array, num_tasks: int) -> None:
-  """Raise ValueError unless `present` is `[T]` bool."""
-  if jnp.shape(present) != (num_tasks,) or jnp.asarray(present).dtype != jnp.bool_:
-    raise ValueError(
-      f"present must be bool of shape ({num_tasks},), one entry for each task; "
-      f"got {jnp.asarray(present).dtype} of shape {jnp.shape(present)}."
-    )
-
-
-def normalise(gramian: jax.Array, present: jax.Array | None) -> Problem:
-  """Check the Gramian, drop absent tasks, and take out its scale and the norms."""
-  gramian = jnp.asarray(gramian)
-  check_gramian(gramian, present)
-  tasks = gramian.shape[0]
-  gramian = gramian.astype(jnp.promote_types(gramian.dtype, jnp.float32))
-  number: jax.Array | int = tasks
-  if present is None:
-    present = jnp.ones(tasks, bool)
-  else:
-    number = jnp.maximum(present.sum(), 1)
-    gramian = jnp.where(present[:, None] & present, gramian, 0)
-  largest = jnp.diagonal(gramian).max()
-  scale = jnp.where(largest > 0, largest, 1)
-  gramian = gramian / scale
-  norms = jnp.sqrt(jnp.diagonal(gramian))
-  valid = norms > 0
-  inverse_norms = jnp.where(valid, 1 / jnp.where(valid, norms, 1), 0)
-  cosines = jnp.clip(gramian * inverse_norms[:, None] * inverse_norms, -1, 1)
-  diagonal = jnp.arange(tasks)[:, None] == jnp.arange(tasks)
-  return Problem(gramian, scale, jnp.where(diagonal, 1, cosines), norms, inverse_norms, valid, present, number)
-
-
-def restrict(problem: Problem, weights: jax.Array) -> jax.Array:
-  """Give absent tasks 0, and NaN to all when the Gramian is not finite."""
-  weights = jnp.where(problem.present, weights, 0)
-  return jnp.where(jnp.isfinite(problem.gramian).all(), weights, jnp.nan)
-
-
-def preferred(problem: Problem, preference: jax.Array | None) -> jax.Array:
-  """Return the preference of the present tasks, equal shares by default."""
-  tasks = problem.norms.shape[0]
-  if preference is None:
-    return jnp.where(problem.present, 1 / problem.number, 0).astype(problem.norms.dtype)
-  if jnp.shape(preference) != (tasks,):
-    raise ValueError(f"preference must have shape ({tasks},), one entry for each task; got {jnp.shape(preference)}.")
-  return jnp.where(problem.present, jnp.asarray(preference, problem.norms.dtype), 0)
 
 
 class _State(NamedTuple):
@@ -97,11 +27,6 @@ class _State(NamedTuple):
   high: jax.Array
   steps: jax.Array
   done: jax.Array
-
-
-def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-  """Multiply a matrix or a vector with a vector; accelerators would round the factors of a float32 product."""
-  return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
 
 
 def _exchange(table: jax.Array, index: jax.Array, active: jax.Array | bool = True) -> jax.Array:

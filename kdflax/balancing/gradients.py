@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kdflax.balancing._solvers import check_gramian, check_present, normalise
+from kdflax.balancing._problem import check_gramian, check_present, normalise
 
 PyTree = Any
 
@@ -158,16 +158,22 @@ def finite_tasks(gradients: PyTree) -> jax.Array:
 
 def select_tasks(gradients: PyTree, present: jax.Array) -> PyTree:
   """Return the gradients with 0 in place of absent tasks, before any product: 0 times NaN is NaN."""
-  return jax.tree.map(lambda leaf: jnp.where(jnp.expand_dims(present, range(1, leaf.ndim)), leaf, 0), gradients)
+  return jax.tree.map(lambda leaf: jnp.where(expand_to(present, leaf), leaf, 0), gradients)
 
 
-def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
-  return jnp.promote_types(dtype, jnp.float32)
+def widen(leaf: jax.Array) -> jax.Array:
+  """Return a leaf in float32 or wider."""
+  return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def expand_to(values: jax.Array, leaf: jax.Array) -> jax.Array:
+  """Return values `[T]` with as many axes as a leaf `[T, ...]`, so that they broadcast over a task's entries."""
+  return jnp.expand_dims(values, range(1, leaf.ndim))
 
 
 def _leaf_gramian(leaf: jax.Array) -> jax.Array:
   axes = tuple(range(1, leaf.ndim))
-  dtype = _accumulator(leaf.dtype)
+  dtype = jnp.promote_types(leaf.dtype, jnp.float32)
   return lax.dot_general(
     leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=dtype
   )
@@ -249,107 +255,16 @@ def combine(gradients: PyTree, weights: PyTree, *, present: jax.Array | None = N
     check_present(present, tasks)
 
   def leaf_sum(weight, leaf):
-    dtype = _accumulator(leaf.dtype)
-    weight = weight.astype(dtype)
+    wide = widen(leaf)
+    weight = weight.astype(wide.dtype)
     if present is not None:
-      weight = jnp.where(present, weight, 0)
-      leaf = jnp.where(jnp.expand_dims(present, range(1, leaf.ndim)), leaf, 0)
-    total = lax.dot_general(weight, leaf.astype(dtype), (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+      weight, wide = jnp.where(present, weight, 0), select_tasks(wide, present)
+    total = lax.dot_general(weight, wide, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
     return total.astype(leaf.dtype)
 
   return jax.tree.map(
     lambda weight, part: jax.tree.map(lambda leaf: leaf_sum(jnp.asarray(weight), leaf), part), weights, gradients
   )
-
-
-def grad_drop(
-  gradients: PyTree, key: jax.Array, *, leak: jax.Array | float = 0.0, present: jax.Array | None = None
-) -> PyTree:
-  """Return the mean of the gradients, keeping in every coordinate only one sign, drawn in proportion.
-
-  P = (1 + sum_i g_i / sum_i |g_i|) / 2 is the probability that a coordinate keeps its positive entries; the others
-  count with the factor `leak`. Coordinates on which all tasks agree are their mean.
-
-  Args:
-    gradients: pytree with a leading T axis on every leaf.
-    key: random key; each leaf draws with a key of its own.
-    leak: part of the dropped entries that passes, a number or one for each task `[T]`, in [0, 1].
-    present: which tasks take part, `[T]` bool; all when None.
-
-  Returns:
-    A pytree like one task's gradient.
-
-  Raises:
-    ValueError: leaves do not share their leading axis, or `leak` or `present` does not have one entry for each task.
-
-  Reference:
-    Chen et al., Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout, 2020, arXiv:2010.06808.
-    Mean over the tasks where TorchJD sums; on parameter gradients, where LibMTL drops on the representation.
-  """
-  tasks = num_tasks(gradients)
-  if jnp.ndim(leak) and jnp.shape(leak) != (tasks,):
-    raise ValueError(f"leak must be a number or have shape ({tasks},); got {jnp.shape(leak)}.")
-  if present is not None:
-    check_present(present, tasks)
-  count = tasks if present is None else jnp.maximum(present.sum(), 1)
-
-  def leaf_drop(index, leaf):
-    trailing = range(1, leaf.ndim)
-    rows = leaf.astype(_accumulator(leaf.dtype))
-    if present is not None:
-      rows = jnp.where(jnp.expand_dims(present, trailing), rows, 0)
-    magnitude = jnp.abs(rows).sum(0)
-    agreement = rows.sum(0) / jnp.where(magnitude > 0, magnitude, 1)
-    uniform = jax.random.uniform(jax.random.fold_in(key, index), leaf.shape[1:], rows.dtype)
-    positive = uniform < (1 + agreement) / 2
-    passes = jnp.expand_dims(jnp.broadcast_to(jnp.asarray(leak, rows.dtype), (tasks,)), trailing)
-    kept = jnp.where((rows > 0) == positive, 1, passes)
-    return ((kept * rows).sum(0) / count).astype(leaf.dtype)
-
-  leaves, structure = jax.tree.flatten(gradients)
-  return jax.tree.unflatten(structure, [leaf_drop(index, leaf) for index, leaf in enumerate(leaves)])
-
-
-def trimmed_mean(gradients: PyTree, *, trim: int, present: jax.Array | None = None) -> PyTree:
-  """Return the mean of the gradients without the `trim` largest and smallest entries of every coordinate.
-
-  For gradients from sources of which up to `trim` may be corrupt. With fewer than 2 trim + 1 tasks present, as many as
-  leave at least one entry are dropped.
-
-  Args:
-    gradients: pytree with a leading T axis on every leaf.
-    trim: entries to drop at each end, 2 trim < T; static.
-    present: which tasks take part, `[T]` bool; all when None.
-
-  Returns:
-    A pytree like one task's gradient.
-
-  Raises:
-    ValueError: `trim` is negative or leaves no task, leaves do not share their leading axis, or `present` is not `[T]`.
-
-  Reference:
-    Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, 2018, arXiv:1803.01498.
-  """
-  tasks = num_tasks(gradients)
-  if trim < 0 or 2 * trim >= tasks:
-    raise ValueError(f"trim must satisfy 0 <= 2 trim < T; got trim = {trim} with T = {tasks} tasks.")
-  if present is not None:
-    check_present(present, tasks)
-  count = tasks if present is None else present.sum()
-  dropped = jnp.minimum(trim, (count - 1) // 2)
-  rank = jnp.arange(tasks)
-  kept = (rank >= dropped) & (rank < count - dropped)
-
-  def leaf_mean(leaf):
-    trailing = range(1, leaf.ndim)
-    rows = leaf.astype(_accumulator(leaf.dtype))
-    if present is not None:
-      rows = jnp.where(jnp.expand_dims(present, trailing), rows, jnp.inf)  # sorted behind all others
-    ordered = jnp.sort(rows, axis=0)
-    total = jnp.where(jnp.expand_dims(kept, trailing), ordered, 0).sum(0)
-    return (total / jnp.maximum(kept.sum(), 1)).astype(leaf.dtype)
-
-  return jax.tree.map(leaf_mean, gradients)
 
 
 def gradient_cosines(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:

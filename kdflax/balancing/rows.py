@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kdflax.balancing.balancers import Balancer
-from kdflax.balancing.combiners import Combiner
+from kdflax.balancing.balancer import Balancer
+from kdflax.balancing.combiner import Combiner
 from kdflax.balancing.gradients import all_finite, combine, finite_tasks, gramian, pull_back, select_tasks
 from kdflax.model import PyTree
 from kdflax.numerics.examples import AxisName

@@ -6,8 +6,8 @@ state. Weights come from the state given; learning moves only the returned state
 gradient.
 
 Common rules. A task that is absent (`present`, `[T]` bool) has weight 0, the others are weighed as if alone, and its
-entries of the state stay. A task whose loss is not finite counts as absent, and so does one whose loss is not
-positive where a method takes its logarithm (these raise a ValueError outside of `jit`, where the value is known): no
+entries of the state stay. A task whose loss or gradient is not finite counts as absent, and so does one whose loss is
+not positive where a method takes its logarithm (these raise a ValueError outside of `jit`, where the value is known): no
 state ever becomes NaN.
 """
 
@@ -20,8 +20,7 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from kdflax.balancing import weightings
-from kdflax.balancing._solvers import check_gramian, check_present, matvec, normalise, restrict
+from kdflax.balancing._problem import check_gramian, check_present
 from kdflax.balancing.gradients import losses_array, stack_losses
 
 PyTree = Any
@@ -52,7 +51,7 @@ class Inputs(NamedTuple):
   gramian: Any  # [T, T], or None where the method does not need it
   key: Any
   usable: jax.Array  # [T] bool: present with a loss that the method can use
-  number: jax.Array  # how many are usable, at least 1
+  count: jax.Array  # how many are usable, at least 1
 
 
 def joint_loss(losses: PyTree, weights: PyTree, *, present: jax.Array | None = None) -> jax.Array:
@@ -131,6 +130,8 @@ def make_balancer(
       present = jnp.ones(tasks, bool)
     check_present(present, tasks)
     usable = present & jnp.isfinite(losses)
+    if gramian is not None:
+      usable &= jnp.isfinite(jnp.diagonal(gramian))
     if positive:
       check_positive(losses, usable, name)
       usable &= losses > 0
@@ -172,7 +173,7 @@ class LearnedState(NamedTuple):
   optimizer: optax.OptState
 
 
-def learned(value: jax.Array | float, optimizer: optax.GradientTransformation, name: str):
+def optimized(value: jax.Array | float, optimizer: optax.GradientTransformation, name: str):
   """Return `init` and `step` of numbers, one for each task, that an optimizer moves along a given gradient."""
 
   def init(num_tasks: int) -> LearnedState:
@@ -187,133 +188,6 @@ def learned(value: jax.Array | float, optimizer: optax.GradientTransformation, n
     return jax.tree.map(lambda a, b: jnp.where(moves, a, b) if jnp.shape(b) == moves.shape else a, new, state)
 
   return init, step
-
-
-def from_weighting(weighting: Callable[..., jax.Array], *, random_order: bool = False) -> Balancer:
-  """Return a balancer that applies a weighting to the Gramian; its state is empty.
-
-  Args:
-    weighting: `weighting(gramian, present=...) -> weights`, for hyper-parameters a `functools.partial` of one.
-    random_order: whether the weighting takes an order of the tasks as its second argument (`pcgrad`), drawn with
-      `random_order` from the key of every update.
-
-  Returns:
-    A Balancer that needs the Gramian, and with `random_order` a key.
-  """
-  function = getattr(weighting, "func", weighting)
-  name = f"from_weighting({getattr(function, '__name__', function)})"
-
-  def weigh(x: Inputs) -> jax.Array:
-    order = (weightings.random_order(x.key, x.losses.shape[0]),) if random_order else ()
-    return weighting(x.gramian, *order, present=x.usable)
-
-  return stateless(name, weigh, needs_gramian=True, needs_key=random_order)
-
-
-class GradNormState(NamedTuple):
-  """Learned logits and the losses at the start."""
-
-  logits: LearnedState
-  initial: jax.Array  # [T]
-  known: jax.Array  # [T] bool
-
-
-def grad_norm(
-  *, alpha: jax.Array | float = 1.5, optimizer: optax.GradientTransformation, logits: jax.Array | float = 0.0
-) -> Balancer:
-  """Return a balancer that learns weights which make the tasks train at the same rate.
-
-  The first update stores the losses and gives 1. Then weights are `w = T softmax(s)`, and s moves along the gradient of
-  `sum_i |w_i d_i - mean(w d) r_i^alpha|` (the target held constant), with d the gradient norms and r the losses over
-  the first ones, divided by their mean. A task that is absent at first stores its loss when it comes.
-
-  Args:
-    alpha: strength of the pull towards equal rates; may be traced.
-    optimizer: moves s; the gradient scales with d.
-    logits: s at the start, a number or `[T]`.
-
-  Returns:
-    A Balancer that needs the Gramian (its diagonal).
-
-  Reference:
-    Chen et al., GradNorm: Gradient Normalization for Adaptive Loss Balancing, 2018, arXiv:1711.02257.
-  """
-  start, step = learned(logits, optimizer, "grad_norm: logits")
-
-  def init(num_tasks: int) -> GradNormState:
-    return GradNormState(start(num_tasks), jnp.ones(num_tasks), jnp.zeros(num_tasks, bool))
-
-  def weigh(x: Inputs, state: GradNormState):
-    started = state.known.any()
-    initial = jnp.where(state.known | ~x.usable, state.initial, x.losses)
-    shares = shares_of(state.logits.values, x.usable)
-    weights = x.number * shares
-    squared = jnp.where(x.usable, jnp.diagonal(x.gramian), 0)
-    norms = jnp.sqrt(jnp.where(jnp.isfinite(squared), squared, 0))
-    ratio = jnp.where(x.usable, x.losses / jnp.where(initial == 0, 1, initial), 0)
-    mean = ratio.sum() / x.number
-    rate = ratio / jnp.where(mean == 0, 1, mean)
-    target = (weights * norms).sum() / x.number * jnp.where(rate > 0, rate, 0) ** alpha
-    slope = jnp.where(x.usable, jnp.sign(weights * norms - target) * norms, 0)
-    gradient = weights * (slope - (shares * slope).sum())
-    moved = step(gradient, state.logits, x.usable)
-    moved = jax.tree.map(lambda new, old: jnp.where(started, new, old), moved, state.logits)
-    return jnp.where(started, weights, 1), GradNormState(moved, initial, state.known | x.usable)
-
-  return make_balancer("grad_norm", init, weigh, needs_gramian=True)
-
-
-class GradVacState(NamedTuple):
-  """Target cosine of every ordered pair of tasks."""
-
-  target: jax.Array  # [T, T]
-
-
-def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
-  """Return a balancer that turns pairs of gradients towards a running target cosine.
-
-  Every gradient visits the others in random order. Where the cosine phi of g_i with g_j is below the pair's target t,
-  the multiple of g_j that makes it t is added; then `t <- (1 - beta) t + beta phi`. Targets start at 0, so the first
-  update is `pcgrad`. The update is the mean over the tasks. Pairs with an absent or a zero gradient are left out.
-
-  Args:
-    beta: rate of the running target, in [0, 1]; may be traced.
-
-  Returns:
-    A Balancer that needs the Gramian and a key.
-
-  Reference:
-    Wang et al., Gradient Vaccine, 2021, arXiv:2010.05874. LibMTL sums over the tasks where this takes the mean.
-  """
-
-  def init(num_tasks: int) -> GradVacState:
-    return GradVacState(jnp.zeros((num_tasks, num_tasks)))
-
-  def weigh(x: Inputs, state: GradVacState):
-    p = normalise(x.gramian, x.usable)
-    own = jnp.arange(p.norms.shape[0])
-    dtype = p.norms.dtype
-    eps = jnp.finfo(dtype).eps
-
-    def visit(carry, other):
-      rows, target = carry  # g_i = rows_i times unit rows
-      products = matvec(rows, p.cosines)
-      norm = jnp.sqrt(jnp.maximum((products * rows).sum(1), 0))
-      meets = (other != own) & p.valid & p.valid[other] & (norm > 0)
-      cosine = jnp.clip(products[own, other] / jnp.where(norm > 0, norm, 1), -1, 1)
-      wanted = target[own, other]
-      sine = jnp.sqrt(jnp.maximum(1 - wanted**2, eps))
-      amount = norm * (wanted * jnp.sqrt(1 - cosine**2) / sine - cosine)
-      rows = rows.at[own, other].add(jnp.where(meets & (cosine < wanted), amount, 0))
-      moved = (1 - beta) * wanted + beta * cosine
-      return (rows, target.at[own, other].set(jnp.where(meets & jnp.isfinite(moved), moved, wanted))), None
-
-    order = weightings.random_order(x.key, own.shape[0])
-    (rows, target), _ = lax.scan(visit, (jnp.diag(p.norms), state.target.astype(dtype)), order.T)
-    weights = rows.sum(0) * p.inverse_norms / p.number
-    return restrict(p, jnp.where(p.valid, weights, 1 / p.number)), GradVacState(target)
-
-  return make_balancer("grad_vac", init, weigh, needs_gramian=True, needs_key=True)
 
 
 class SmoothedState(NamedTuple):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kdflax.balancing.balancers import (
+from kdflax.balancing.balancer import (
   Balancer,
   Inputs,
   LearnedState,
-  learned,
   make_balancer,
+  optimized,
   per_task,
   shares_of,
   stateless,
@@ -95,15 +95,15 @@ def dynamic_weight_average(*, temperature: jax.Array | float = 2.0, steps_per_ep
   def weigh(x: Inputs, state: WeightAverageState):
     known = (state.means >= 2) & (state.before != 0)
     ratio = jnp.where(known, state.last / jnp.where(known, state.before, 1), 1)
-    weights = jnp.where(state.step < 2 * steps_per_epoch, 1, x.number * shares_of(ratio / temperature, x.usable))
+    weights = jnp.where(state.step < 2 * steps_per_epoch, 1, x.count * shares_of(ratio / temperature, x.usable))
     total = state.total + jnp.where(x.usable, x.losses, 0)
-    count = state.number + x.usable
+    number = state.number + x.usable
     ends = (state.step + 1) % steps_per_epoch == 0
-    rolls = ends & (count > 0)
+    rolls = ends & (number > 0)
     return weights, WeightAverageState(
       jnp.where(ends, 0, total),
-      jnp.where(ends, 0, count),
-      jnp.where(rolls, total / jnp.maximum(count, 1), state.last),
+      jnp.where(ends, 0, number),
+      jnp.where(rolls, total / jnp.maximum(number, 1), state.last),
       jnp.where(rolls, state.last, state.before),
       jnp.minimum(state.means + rolls, 2),
       state.step + 1,
@@ -129,7 +129,7 @@ def uncertainty(*, optimizer: optax.GradientTransformation, log_variance: jax.Ar
     Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, 2018, arXiv:1705.07115 (the regression form
     for every task).
   """
-  init, step = learned(log_variance, optimizer, "uncertainty: log_variance")
+  init, step = optimized(log_variance, optimizer, "uncertainty: log_variance")
 
   def weigh(x: Inputs, state: LearnedState):
     weights = jnp.exp(-state.values) / 2
@@ -154,7 +154,7 @@ def imtl_l(*, optimizer: optax.GradientTransformation, log_scale: jax.Array | fl
   Reference:
     Liu et al., Towards Impartial Multi-task Learning, ICLR 2021 (IMTL-L; `imtl_g` is the part on gradients).
   """
-  init, step = learned(log_scale, optimizer, "imtl_l: log_scale")
+  init, step = optimized(log_scale, optimizer, "imtl_l: log_scale")
 
   def weigh(x: Inputs, state: LearnedState):
     weights = jnp.exp(state.values)
@@ -175,7 +175,7 @@ def geometric() -> Balancer:
 
   def weigh(x: Inputs) -> jax.Array:
     logs = jnp.log(x.losses)  # 0 where not usable
-    return jnp.exp(logs.sum() / x.number - logs) / x.number
+    return jnp.exp(logs.sum() / x.count - logs) / x.count
 
   return stateless("geometric", weigh, positive=True)
 
@@ -207,7 +207,7 @@ def famo(*, learning_rate: jax.Array | float = 0.025, weight_decay: float = 1e-3
     same batch before and after the step for theirs.
   """
   optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
-  start, step = learned(0.0, optimizer, "famo")
+  start, step = optimized(0.0, optimizer, "famo")
 
   def init(num_tasks: int) -> FamoState:
     return FamoState(start(num_tasks), jnp.zeros(num_tasks), jnp.zeros(num_tasks, bool))
@@ -263,7 +263,7 @@ def smooth_tchebycheff(*, smoothing: jax.Array | float = 1.0, warmup_steps: int,
   def weigh(x: Inputs, state: TchebycheffState):
     known = (state.number > 0) & (state.total > 0)
     nadir = jnp.where(known, state.total / jnp.maximum(state.number, 1), x.losses)
-    shares = x.number * shares_of(jnp.log(x.losses / nadir) / smoothing, x.usable)
+    shares = x.count * shares_of(jnp.log(x.losses / nadir) / smoothing, x.usable)
     warm = state.step < warmup_steps
     takes = x.usable & warm & (state.step >= warmup_steps - nadir_steps)
     total = state.total + jnp.where(takes, x.losses, 0)

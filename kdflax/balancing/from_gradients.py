@@ -1,38 +1,107 @@
-"""Combiners: how the losses and gradients of T tasks become one update, with explicit state.
+"""Methods that look at whole gradients: functions of them, and combiners with a buffer for each task.
 
-A combiner is a pair of pure functions like a balancer, for methods that look at whole gradients. `init(gradients)`
-makes the state from the shapes of gradients with a leading T axis; `update(losses, gradients, state, *, key=None,
-present=None)` gives the direction (a pytree like one gradient) and the next state. Buffers `[T, ...]` mirror the
-gradients leaf by leaf, so they take T times the memory of the parameters and shard like them. They are running means
-corrected for their start at 0, so that the first direction has the full length. Absent tasks are treated as in
-`balancers`, and a task counts as absent whose loss or any entry of whose gradient is not finite.
+Buffers `[T, ...]` mirror the gradients leaf by leaf, so they take T times the memory of the parameters and shard like
+them. They are running means corrected for their start at 0, so that the first direction has the full length.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kdflax.balancing._solvers import check_present, matvec
-from kdflax.balancing.balancers import Balancer, check_positive, shares_of
-from kdflax.balancing.gradients import combine, finite_tasks, gramian, losses_array, num_tasks, select_tasks
+from kdflax.balancing._problem import check_present, matvec
+from kdflax.balancing.balancer import check_positive, shares_of
+from kdflax.balancing.combiner import Combiner, usable_gradients
+from kdflax.balancing.gradients import combine, expand_to, gramian, num_tasks, select_tasks, widen
 
 PyTree = Any
 
 
-class Combiner(NamedTuple):
-  """A pair of pure functions, see the module: `init(gradients)` and `update(losses, gradients, state, ...)`."""
+def grad_drop(
+  gradients: PyTree, key: jax.Array, *, leak: jax.Array | float = 0.0, present: jax.Array | None = None
+) -> PyTree:
+  """Return the mean of the gradients, keeping in every coordinate only one sign, drawn in proportion.
 
-  init: Callable[[PyTree], PyTree]
-  update: Callable[..., tuple[PyTree, PyTree]]
-  needs_key: bool = False
+  P = (1 + sum_i g_i / sum_i |g_i|) / 2 is the probability that a coordinate keeps its positive entries; the others
+  count with the factor `leak`. Coordinates on which all tasks agree are their mean.
 
-  @property
-  def needs(self) -> Literal["gradients"]:
-    """What `update` reads beside the losses: the gradient of every task."""
-    return "gradients"
+  Args:
+    gradients: pytree with a leading T axis on every leaf.
+    key: random key; each leaf draws with a key of its own.
+    leak: part of the dropped entries that passes, a number or one for each task `[T]`, in [0, 1].
+    present: which tasks take part, `[T]` bool; all when None.
+
+  Returns:
+    A pytree like one task's gradient.
+
+  Raises:
+    ValueError: leaves do not share their leading axis, or `leak` or `present` does not have one entry for each task.
+
+  Reference:
+    Chen et al., Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout, 2020, arXiv:2010.06808.
+    Mean over the tasks where TorchJD sums; on parameter gradients, where LibMTL drops on the representation.
+  """
+  tasks = num_tasks(gradients)
+  if jnp.ndim(leak) and jnp.shape(leak) != (tasks,):
+    raise ValueError(f"leak must be a number or have shape ({tasks},); got {jnp.shape(leak)}.")
+  if present is not None:
+    check_present(present, tasks)
+  count = tasks if present is None else jnp.maximum(present.sum(), 1)
+
+  def leaf_drop(index, leaf):
+    wide = widen(leaf) if present is None else select_tasks(widen(leaf), present)
+    magnitude = jnp.abs(wide).sum(0)
+    agreement = wide.sum(0) / jnp.where(magnitude > 0, magnitude, 1)
+    uniform = jax.random.uniform(jax.random.fold_in(key, index), leaf.shape[1:], wide.dtype)
+    positive = uniform < (1 + agreement) / 2
+    passes = expand_to(jnp.broadcast_to(jnp.asarray(leak, wide.dtype), (tasks,)), leaf)
+    kept = jnp.where((wide > 0) == positive, 1, passes)
+    return ((kept * wide).sum(0) / count).astype(leaf.dtype)
+
+  leaves, structure = jax.tree.flatten(gradients)
+  return jax.tree.unflatten(structure, [leaf_drop(index, leaf) for index, leaf in enumerate(leaves)])
+
+
+def trimmed_mean(gradients: PyTree, *, trim: int, present: jax.Array | None = None) -> PyTree:
+  """Return the mean of the gradients without the `trim` largest and smallest entries of every coordinate.
+
+  For gradients from sources of which up to `trim` may be corrupt. With fewer than 2 trim + 1 tasks present, as many as
+  leave at least one entry are dropped.
+
+  Args:
+    gradients: pytree with a leading T axis on every leaf.
+    trim: entries to drop at each end, 2 trim < T; static.
+    present: which tasks take part, `[T]` bool; all when None.
+
+  Returns:
+    A pytree like one task's gradient.
+
+  Raises:
+    ValueError: `trim` is negative or leaves no task, leaves do not share their leading axis, or `present` is not `[T]`.
+
+  Reference:
+    Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, 2018, arXiv:1803.01498.
+  """
+  tasks = num_tasks(gradients)
+  if trim < 0 or 2 * trim >= tasks:
+    raise ValueError(f"trim must satisfy 0 <= 2 trim < T; got trim = {trim} with T = {tasks} tasks.")
+  if present is not None:
+    check_present(present, tasks)
+  count = tasks if present is None else present.sum()
+  dropped = jnp.minimum(trim, (count - 1) // 2)
+  rank = jnp.arange(tasks)
+  kept = (rank >= dropped) & (rank < count - dropped)
+
+  def leaf_mean(leaf):
+    wide = widen(leaf)
+    if present is not None:
+      wide = jnp.where(expand_to(present, leaf), wide, jnp.inf)  # sorted behind all others
+    total = select_tasks(jnp.sort(wide, axis=0), kept).sum(0)
+    return (total / jnp.maximum(kept.sum(), 1)).astype(leaf.dtype)
+
+  return jax.tree.map(leaf_mean, gradients)
 
 
 class BufferState(NamedTuple):
@@ -43,54 +112,9 @@ class BufferState(NamedTuple):
   step: jax.Array  # [T] int
 
 
-class MocoState(NamedTuple):
-  """Running gradients and the weights."""
-
-  gradients: BufferState
-  weights: jax.Array  # [T]
-
-
-class ExcessState(NamedTuple):
-  """Sum of squared gradients, the first excess risks, and the weights."""
-
-  squares: PyTree  # like the gradients
-  initial: jax.Array  # [T]
-  weights: jax.Array  # [T]
-  known: jax.Array  # [T] bool
-
-
-def _rows(values: jax.Array, leaf: jax.Array) -> jax.Array:
-  return jnp.expand_dims(values, range(1, leaf.ndim))
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-  return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-
-def _usable(losses: jax.Array, gradients: PyTree, present: jax.Array | None, name: str) -> tuple[jax.Array, jax.Array]:
-  """Return wide losses, and which tasks take part: those present whose loss and whole gradient are finite."""
-  losses = losses_array(losses, name)
-  tasks = num_tasks(gradients)
-  if losses.shape != (tasks,):
-    raise ValueError(f"{name}: losses must have shape ({tasks},) like the gradients; got {losses.shape}.")
-  if present is None:
-    present = jnp.ones(tasks, bool)
-  check_present(present, tasks)
-  return losses, present & jnp.isfinite(losses) & finite_tasks(gradients)
-
-
-def _checked(losses: jax.Array, gradients: PyTree, tasks: int, present: jax.Array | None, name: str):
-  """Return wide losses, gradients with the rows of unusable tasks set to 0, and which tasks are usable."""
-  found = num_tasks(gradients)
-  if found != tasks:
-    raise ValueError(f"{name}: the state is for {tasks} tasks, but the gradients are of {found}.")
-  losses, present = _usable(losses, gradients, present, name)
-  return losses, select_tasks(gradients, present), present
-
-
 def _buffer(gradients: PyTree) -> BufferState:
   tasks = num_tasks(gradients)
-  zeros = jax.tree.map(lambda leaf: jnp.zeros_like(_wide(leaf)), gradients)
+  zeros = jax.tree.map(lambda leaf: jnp.zeros_like(widen(leaf)), gradients)
   return BufferState(zeros, jnp.zeros(tasks), jnp.zeros(tasks, jnp.int32))
 
 
@@ -101,61 +125,17 @@ def _average(state: BufferState, gradients: PyTree, moves: jax.Array, decay: Cal
   mass = stays * state.mass + (1 - stays)
 
   def move(old, new):
-    share = _rows(stays, old).astype(old.dtype)
-    return share * old + (1 - share) * jnp.where(_rows(moves, old), new, 0).astype(old.dtype)
+    share = expand_to(stays, old).astype(old.dtype)
+    return share * old + (1 - share) * jnp.where(expand_to(moves, old), new, 0).astype(old.dtype)
 
   buffer = jax.tree.map(move, state.buffer, gradients)
   scale = 1 / jnp.where(mass > 0, mass, 1)
-  means = jax.tree.map(lambda leaf: leaf * _rows(scale, leaf).astype(leaf.dtype), buffer)
+  means = jax.tree.map(lambda leaf: leaf * expand_to(scale, leaf).astype(leaf.dtype), buffer)
   return BufferState(buffer, mass, step), means
 
 
 def _like(direction: PyTree, gradients: PyTree) -> PyTree:
   return jax.tree.map(lambda value, leaf: value.astype(leaf.dtype), direction, gradients)
-
-
-def from_balancer(balancer: Balancer) -> Combiner:
-  """Return a combiner that applies a balancer's weights; it takes the Gramian only where the balancer needs it.
-
-  Args:
-    balancer: any Balancer.
-
-  Returns:
-    A Combiner with the balancer's state.
-  """
-
-  def init(gradients: PyTree) -> PyTree:
-    return balancer.init(num_tasks(gradients))
-
-  def update(losses, gradients, state, *, key=None, present=None):
-    _, present = _usable(losses, gradients, present, "from_balancer")
-    products = gramian(gradients) if balancer.needs_gramian else None
-    weights, state = balancer.update(losses, state, gramian=products, key=key, present=present)
-    return combine(gradients, weights, present=present), state
-
-  return Combiner(init, update, balancer.needs_key)
-
-
-def from_function(function: Callable[..., PyTree], *, needs_key: bool = False) -> Combiner:
-  """Return a combiner without state from a function of the gradients, such as `grad_drop` or `trimmed_mean`.
-
-  Args:
-    function: `function(gradients, present=...)`, or with `needs_key` `function(gradients, key, present=...)`; for
-      hyper-parameters a `functools.partial`.
-    needs_key: whether the function takes a key.
-
-  Returns:
-    A Combiner; with `needs_key`, update raises ValueError without a key.
-  """
-  name = getattr(getattr(function, "func", function), "__name__", str(function))
-
-  def update(losses, gradients, state, *, key=None, present=None):
-    if needs_key and key is None:
-      raise ValueError(f"{name} draws random numbers: update(losses, gradients, state, key=key).")
-    _, present = _usable(losses, gradients, present, name)
-    return function(gradients, *((key,) if needs_key else ()), present=present), state
-
-  return Combiner(lambda gradients: (), update, needs_key)
 
 
 def db_mtl(*, beta: float = 0.9, beta_sigma: float = 0.0) -> Combiner:
@@ -185,17 +165,24 @@ def db_mtl(*, beta: float = 0.9, beta_sigma: float = 0.0) -> Combiner:
 
   def update(losses, gradients, state, *, key=None, present=None):
     del key
-    losses, gradients, present = _checked(losses, gradients, state.mass.shape[0], present, "db_mtl")
+    losses, gradients, present = usable_gradients(losses, gradients, state.mass.shape[0], present, "db_mtl")
     check_positive(losses, present, "db_mtl")
     usable = present & (losses > 0)
     inverse = jnp.where(usable, 1 / jnp.where(usable, losses, 1), 0)
-    logs = jax.tree.map(lambda leaf: _wide(leaf) * _rows(inverse, leaf).astype(_wide(leaf).dtype), gradients)
+    logs = jax.tree.map(lambda leaf: widen(leaf) * expand_to(inverse, leaf).astype(widen(leaf).dtype), gradients)
     state, means = _average(state, logs, usable, lambda k: beta / k**beta_sigma)
     norms = jnp.sqrt(jnp.where(usable, jnp.diagonal(gramian(means)), 0))
     weights = jnp.where(norms > 0, norms.max() / jnp.where(norms > 0, norms, 1), 0) / jnp.maximum(usable.sum(), 1)
     return _like(combine(means, weights, present=usable), gradients), state
 
   return Combiner(_buffer, update)
+
+
+class MocoState(NamedTuple):
+  """Running gradients and the weights."""
+
+  gradients: BufferState
+  weights: jax.Array  # [T]
 
 
 def moco(
@@ -234,7 +221,7 @@ def moco(
 
   def update(losses, gradients, state, *, key=None, present=None):
     del key
-    _, gradients, present = _checked(losses, gradients, state.weights.shape[0], present, "moco")
+    _, gradients, present = usable_gradients(losses, gradients, state.weights.shape[0], present, "moco")
     buffer, means = _average(state.gradients, gradients, present, lambda k: 1 - beta / k**beta_sigma)
     products = jnp.where(present[:, None] & present, gramian(means), 0)
     count = jnp.maximum(present.sum(), 1)
@@ -262,6 +249,15 @@ def project_simplex(vector: jax.Array, where: jax.Array) -> jax.Array:
   return jnp.where(where, jnp.maximum(vector - excess[jnp.maximum(last - 1, 0)], 0), 0)
 
 
+class ExcessState(NamedTuple):
+  """Sum of squared gradients, the first excess risks, and the weights."""
+
+  squares: PyTree  # like the gradients
+  initial: jax.Array  # [T]
+  weights: jax.Array  # [T]
+  known: jax.Array  # [T] bool
+
+
 def excess_mtl(*, learning_rate: float = 0.01) -> Combiner:
   """Return a combiner that follows the tasks that are farthest from convergence.
 
@@ -282,16 +278,16 @@ def excess_mtl(*, learning_rate: float = 0.01) -> Combiner:
 
   def init(gradients: PyTree) -> ExcessState:
     tasks = num_tasks(gradients)
-    squares = jax.tree.map(lambda leaf: jnp.zeros_like(_wide(leaf)), gradients)
+    squares = jax.tree.map(lambda leaf: jnp.zeros_like(widen(leaf)), gradients)
     return ExcessState(squares, jnp.zeros(tasks), jnp.full(tasks, 1 / tasks, float), jnp.zeros(tasks, bool))
 
   def update(losses, gradients, state, *, key=None, present=None):
     del key
-    _, gradients, present = _checked(losses, gradients, state.weights.shape[0], present, "excess_mtl")
-    squares = jax.tree.map(lambda total, leaf: total + _wide(leaf) ** 2, state.squares, gradients)
+    _, gradients, present = usable_gradients(losses, gradients, state.weights.shape[0], present, "excess_mtl")
+    squares = jax.tree.map(lambda total, leaf: total + widen(leaf) ** 2, state.squares, gradients)
 
     def leaf_excess(total, leaf):
-      ratio = jnp.where(total > 0, _wide(leaf) ** 2 * lax.rsqrt(jnp.where(total > 0, total, 1)), 0)
+      ratio = jnp.where(total > 0, widen(leaf) ** 2 * lax.rsqrt(jnp.where(total > 0, total, 1)), 0)
       return ratio.sum(range(1, leaf.ndim))
 
     excess = sum(jax.tree.leaves(jax.tree.map(leaf_excess, squares, gradients)))
