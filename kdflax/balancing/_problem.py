@@ -15,7 +15,7 @@ class Problem(NamedTuple):
   inverse_norms: jax.Array  # [T], 0 for rows that take no part
   valid: jax.Array  # [T], present and not zero
   present: jax.Array  # [T]
-  count: jax.Array | int  # how many are present
+  num_present: jax.Array | int  # at least 1
 
 
 def check_gramian(gramian: jax.Array, present: jax.Array | None = None, num_tasks: int | None = None) -> None:
@@ -73,7 +73,7 @@ def preferred(problem: Problem, preference: jax.Array | None) -> jax.Array:
   """Return the preference of the present tasks, equal shares by default."""
   tasks = problem.norms.shape[0]
   if preference is None:
-    return jnp.where(problem.present, 1 / problem.count, 0).astype(problem.norms.dtype)
+    return jnp.where(problem.present, 1 / problem.num_present, 0).astype(problem.norms.dtype)
   if jnp.shape(preference) != (tasks,):
     raise ValueError(f"preference must have shape ({tasks},), one entry for each task; got {jnp.shape(preference)}.")
   return jnp.where(problem.present, jnp.asarray(preference, problem.norms.dtype), 0)

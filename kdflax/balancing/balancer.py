@@ -7,8 +7,8 @@ gradient.
 
 Common rules. A task that is absent (`present`, `[T]` bool) has weight 0, the others are weighed as if alone, and its
 entries of the state stay. A task whose loss or gradient is not finite counts as absent, and so does one whose loss is
-not positive where a method takes its logarithm (these raise a ValueError outside of `jit`, where the value is known): no
-state ever becomes NaN.
+not positive where a method takes its logarithm (these raise a ValueError outside of `jit`, where the value is known):
+no state ever becomes NaN.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
   gramian: Any  # [T, T], or None where the method does not need it
   key: Any
   usable: jax.Array  # [T] bool: present with a loss that the method can use
-  count: jax.Array  # how many are usable, at least 1
+  num_usable: jax.Array  # at least 1
 
 
 def joint_loss(losses: PyTree, weights: PyTree, *, present: jax.Array | None = None) -> jax.Array:

@@ -79,13 +79,13 @@ def grad_norm(
     started = state.known.any()
     initial = jnp.where(state.known | ~x.usable, state.initial, x.losses)
     shares = shares_of(state.logits.values, x.usable)
-    weights = x.count * shares
+    weights = x.num_usable * shares
     squared = jnp.where(x.usable, jnp.diagonal(x.gramian), 0)
     norms = jnp.sqrt(jnp.where(jnp.isfinite(squared), squared, 0))
     ratio = jnp.where(x.usable, x.losses / jnp.where(initial == 0, 1, initial), 0)
-    mean = ratio.sum() / x.count
+    mean = ratio.sum() / x.num_usable
     rate = ratio / jnp.where(mean == 0, 1, mean)
-    target = (weights * norms).sum() / x.count * jnp.where(rate > 0, rate, 0) ** alpha
+    target = (weights * norms).sum() / x.num_usable * jnp.where(rate > 0, rate, 0) ** alpha
     slope = jnp.where(x.usable, jnp.sign(weights * norms - target) * norms, 0)
     gradient = weights * (slope - (shares * slope).sum())
     moved = step(gradient, state.logits, x.usable)
@@ -142,7 +142,7 @@ def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
 
     order = weightings.random_order(x.key, own.shape[0])
     (rows, target), _ = lax.scan(visit, (jnp.diag(p.norms), state.target.astype(dtype)), order.T)
-    weights = rows.sum(0) * p.inverse_norms / p.count
-    return checked_weights(p, jnp.where(p.valid, weights, 1 / p.count)), GradVacState(target)
+    weights = rows.sum(0) * p.inverse_norms / p.num_present
+    return checked_weights(p, jnp.where(p.valid, weights, 1 / p.num_present)), GradVacState(target)
 
   return make_balancer("grad_vac", init, weigh, needs_gramian=True, needs_key=True)

@@ -95,7 +95,7 @@ def dynamic_weight_average(*, temperature: jax.Array | float = 2.0, steps_per_ep
   def weigh(x: Inputs, state: WeightAverageState):
     known = (state.means >= 2) & (state.before != 0)
     ratio = jnp.where(known, state.last / jnp.where(known, state.before, 1), 1)
-    weights = jnp.where(state.step < 2 * steps_per_epoch, 1, x.count * shares_of(ratio / temperature, x.usable))
+    weights = jnp.where(state.step < 2 * steps_per_epoch, 1, x.num_usable * shares_of(ratio / temperature, x.usable))
     total = state.total + jnp.where(x.usable, x.losses, 0)
     number = state.number + x.usable
     ends = (state.step + 1) % steps_per_epoch == 0
@@ -175,7 +175,7 @@ def geometric() -> Balancer:
 
   def weigh(x: Inputs) -> jax.Array:
     logs = jnp.log(x.losses)  # 0 where not usable
-    return jnp.exp(logs.sum() / x.count - logs) / x.count
+    return jnp.exp(logs.sum() / x.num_usable - logs) / x.num_usable
 
   return stateless("geometric", weigh, positive=True)
 
@@ -263,7 +263,7 @@ def smooth_tchebycheff(*, smoothing: jax.Array | float = 1.0, warmup_steps: int,
   def weigh(x: Inputs, state: TchebycheffState):
     known = (state.number > 0) & (state.total > 0)
     nadir = jnp.where(known, state.total / jnp.maximum(state.number, 1), x.losses)
-    shares = x.count * shares_of(jnp.log(x.losses / nadir) / smoothing, x.usable)
+    shares = x.num_usable * shares_of(jnp.log(x.losses / nadir) / smoothing, x.usable)
     warm = state.step < warmup_steps
     takes = x.usable & warm & (state.step >= warmup_steps - nadir_steps)
     total = state.total + jnp.where(takes, x.losses, 0)

@@ -101,21 +101,20 @@ def update_rows(
     return RowsUpdate(*pull(present), state, None, present)
   present = present & jnp.isfinite(losses)
   if balancer.needs == "losses":
-    weights, moved = balancer.update(losses, state, key=key, present=present)
+    weights, next_state = balancer.update(losses, state, key=key, present=present)
     shared, own = pull(weights)
     own = own if weigh_own else pull(present)[1]
-    return _kept_if_finite(RowsUpdate(shared, own, moved, weights, present), state)
+    return _kept_if_finite(RowsUpdate(shared, own, next_state, weights, present), state)
   gradients = pull_back(lambda row: pull(row)[0], jnp.diag(present), batch_size)
   present = present & finite_tasks(gradients)
   gradients = select_tasks(gradients, present)
   if balancer.needs == "gradients":
-    weights, weigh_own = None, False
-    shared, moved = balancer.update(losses, gradients, state, key=key, present=present)
-  else:
-    weights, moved = balancer.update(losses, state, gramian=gramian(gradients), key=key, present=present)
-    shared = combine(gradients, weights, present=present)
+    shared, next_state = balancer.update(losses, gradients, state, key=key, present=present)
+    return _kept_if_finite(RowsUpdate(shared, pull(present)[1], next_state, None, present), state)
+  weights, next_state = balancer.update(losses, state, gramian=gramian(gradients), key=key, present=present)
+  shared = combine(gradients, weights, present=present)
   _, own = pull(weights if weigh_own else present)
-  return _kept_if_finite(RowsUpdate(shared, own, moved, weights, present), state)
+  return _kept_if_finite(RowsUpdate(shared, own, next_state, weights, present), state)
 
 
 def _kept_if_finite(update: RowsUpdate, state: PyTree) -> RowsUpdate:

@@ -65,7 +65,7 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
   share, products, rounding = _solvers.equal_products(p)
   exists = products.max() > rounding
   squared_norm = jnp.where(exists, matvec(share, products), 1)
-  length = matvec(p.norms, products) / p.count
+  length = matvec(p.norms, products) / p.num_present
   return checked_weights(p, jnp.where(exists, share * p.inverse_norms * length / squared_norm, 0))
 
 
@@ -154,9 +154,9 @@ def aligned_mtl(gramian: jax.Array, *, scale: str = "min", present: jax.Array | 
   if scale not in ("min", "median", "rmse"):
     raise ValueError(f'scale must be "min", "median" or "rmse"; got {scale!r}.')
   p = normalise(gramian, present)
-  mean = jnp.where(p.present, 1 / p.count, 0).astype(p.norms.dtype)
+  mean = jnp.where(p.present, 1 / p.num_present, 0).astype(p.norms.dtype)
   values, vectors = jnp.linalg.eigh(p.gramian)
-  tolerance = p.count * jnp.finfo(values.dtype).eps * values[-1]
+  tolerance = p.num_present * jnp.finfo(values.dtype).eps * values[-1]
   kept = values > tolerance
   rank = kept.sum()
   first = values.shape[0] - rank  # eigenvalues ascend

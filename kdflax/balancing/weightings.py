@@ -82,7 +82,7 @@ def cagrad(gramian: jax.Array, *, c: jax.Array | float = 0.5, present: jax.Array
   if isinstance(c, (int, float)) and not c >= 0:
     raise ValueError(f"c must be at least 0; got {c}.")
   p = normalise(gramian, present)
-  mean = jnp.where(p.present, 1 / p.count, 0).astype(p.norms.dtype)
+  mean = jnp.where(p.present, 1 / p.num_present, 0).astype(p.norms.dtype)
   scaled = p.norms * mean
   mean_norm = jnp.sqrt(jnp.maximum(matvec(scaled, matvec(p.cosines, scaled)), 0))
   moves = (mean_norm > 0) & (c > 0) & p.valid.any()
@@ -205,8 +205,8 @@ def pcgrad(gramian: jax.Array, permutations: jax.Array, *, present: jax.Array | 
 
   start = jnp.diag(p.norms)
   (coefficients, _), _ = lax.scan(visit, (start, p.norms[:, None] * p.cosines), permutations.T)
-  weights = coefficients.sum(0) * p.inverse_norms / p.count
-  return checked_weights(p, jnp.where(p.valid, weights, 1 / p.count))
+  weights = coefficients.sum(0) * p.inverse_norms / p.num_present
+  return checked_weights(p, jnp.where(p.valid, weights, 1 / p.num_present))
 
 
 def random_order(key: jax.Array, num_tasks: int) -> jax.Array:
@@ -251,7 +251,7 @@ def krum(
   index = jnp.arange(tasks)
   other = (index[:, None] != index) & p.present
   ascending = jnp.sort(jnp.where(other, distances, jnp.inf), axis=1)
-  neighbours = jnp.clip(p.count - num_byzantine - 2, jnp.minimum(1, p.count - 1), tasks)
+  neighbours = jnp.clip(p.num_present - num_byzantine - 2, jnp.minimum(1, p.num_present - 1), tasks)
   scores = jnp.where(index < neighbours, ascending, 0).sum(1)
   rank = jnp.where(p.present, scores, jnp.inf).argsort().argsort()
   chosen = (rank < num_selected) & p.present
