@@ -11,8 +11,8 @@ MODULES = sorted((ROOT / "kdflax").rglob("*.py"))
 # Rooms that do not keep a rule yet; one that keeps it is taken out and never comes back.
 NOT_YET = {
   "messages": ("balancing", "coupling", "losses", "numerics", "teachers"),
-  "references": ("balancing", "coupling", "losses", "methods", "models", "teachers", "training"),
-  "order": ("methods",),
+  "references": ("balancing", "coupling", "losses", "models", "teachers", "training"),
+  "order": (),
   "precision": ("balancing", "losses", "numerics"),
 }
 SECTIONS = ("Args:", "Returns:", "Raises:", "Examples:", "Reference:")

@@ -32,9 +32,6 @@ def activation_boundary(
   Raises:
     ValueError: if a model does not return the maps before the ReLU, or sizes differ.
 
-  Reference: Byeongho Heo, Minsik Lee, Sangdoo Yun and Jin Young Choi, "Knowledge Transfer via Distillation of
-  Activation Boundaries Formed by Hidden Neurons", 2019, arXiv 1811.03233.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -42,6 +39,9 @@ def activation_boundary(
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.activation_boundary(pair, joint=True).terms)
     ['activation_boundary/stage2', 'activation_boundary/stage1']
+
+  Reference: Byeongho Heo, Minsik Lee, Sangdoo Yun and Jin Young Choi, "Knowledge Transfer via Distillation of
+  Activation Boundaries Formed by Hidden Neurons", 2019, arXiv 1811.03233.
   """
   name = pair.named("activation_boundary")
   settings_of = {stage: settings for stage in pair.some_stages()}
@@ -66,9 +66,6 @@ def ofd(pair: Pair, *, margins: Mapping[str, Any] | None = None, suffix: str = "
   Raises:
     ValueError: if a stage has no margin, a model does not return the maps before the ReLU, or sizes differ.
 
-  Reference: Byeongho Heo, Jeesoo Kim, Sangdoo Yun, Hyojin Park, Nojun Kwak and Jin Young Choi, "A Comprehensive
-  Overhaul of Feature Distillation", 2019, arXiv 1904.01866.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -76,6 +73,9 @@ def ofd(pair: Pair, *, margins: Mapping[str, Any] | None = None, suffix: str = "
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.ofd(pair).terms)
     ['ofd/stage2', 'ofd/stage1']
+
+  Reference: Byeongho Heo, Jeesoo Kim, Sangdoo Yun, Hyojin Park, Nojun Kwak and Jin Young Choi, "A Comprehensive
+  Overhaul of Feature Distillation", 2019, arXiv 1904.01866.
   """
   stages, name = pair.some_stages(), pair.named("ofd")
   if margins is None:

@@ -52,15 +52,15 @@ def crd(
   Raises:
     ValueError: if a number is not positive, a model has no embedding, the labels do not fit, or all are one class.
 
-  Reference: Yonglong Tian, Dilip Krishnan and Phillip Isola, "Contrastive Representation Distillation", 2020, arXiv
-  1910.10699.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.crd(pair, num_examples=50, negatives=8).models)
     ['crd_student', 'crd_teacher', 'crd']
+
+  Reference: Yonglong Tian, Dilip Krishnan and Phillip Isola, "Contrastive Representation Distillation", 2020, arXiv
+  1910.10699.
   """
   if num_examples < 2 or negatives < 1:
     raise ValueError(f"num_examples must be at least 2 and negatives at least 1; got {num_examples} and {negatives}")

@@ -33,9 +33,6 @@ def fitnets(pair: Pair, *, stage: str | None = None, joint: bool = False, weight
   Raises:
     ValueError: if the pair has no such stage, or no stride makes the sizes equal.
 
-  Reference: Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta and Yoshua Bengio,
-  "FitNets: Hints for Thin Deep Nets", 2015, arXiv 1412.6550.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -43,6 +40,9 @@ def fitnets(pair: Pair, *, stage: str | None = None, joint: bool = False, weight
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.fitnets(pair).stages), list(methods.fitnets(pair, joint=True).terms)
     (['fitnets'], ['fitnets'])
+
+  Reference: Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta and Yoshua Bengio,
+  "FitNets: Hints for Thin Deep Nets", 2015, arXiv 1412.6550.
   """
   stages = pair.some_stages()
   stage = stages[len(stages) // 2] if stage is None else stage
@@ -68,9 +68,6 @@ def attention_transfer(pair: Pair, *, weight: Weight = 1000.0, **settings: Any) 
   Returns:
     A method with the Terms `attention_transfer/STAGE`.
 
-  Reference: Sergey Zagoruyko and Nikos Komodakis, "Paying More Attention to Attention: Improving the Performance of
-  Convolutional Neural Networks via Attention Transfer", 2017, arXiv 1612.03928.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -78,6 +75,9 @@ def attention_transfer(pair: Pair, *, weight: Weight = 1000.0, **settings: Any) 
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.attention_transfer(pair).terms)
     ['attention_transfer/stage1', 'attention_transfer/stage2']
+
+  Reference: Sergey Zagoruyko and Nikos Komodakis, "Paying More Attention to Attention: Improving the Performance of
+  Convolutional Neural Networks via Attention Transfer", 2017, arXiv 1612.03928.
   """
   return of_maps(pair, losses.attention_transfer, weight=weight, **settings)
 
@@ -95,9 +95,6 @@ def vid(pair: Pair, *, weight: Weight = 1.0) -> Method:
   Raises:
     ValueError: if the sizes of a stage differ.
 
-  Reference: Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information
-  Distillation for Knowledge Transfer", 2019, arXiv 1904.05835.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -105,6 +102,9 @@ def vid(pair: Pair, *, weight: Weight = 1.0) -> Method:
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.vid(pair).models)
     ['vid_stage1', 'vid_stage2']
+
+  Reference: Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information
+  Distillation for Knowledge Transfer", 2019, arXiv 1904.05835.
   """
   name, connectors, terms = pair.named("vid"), {}, {}
   for stage in pair.some_stages():
@@ -129,9 +129,6 @@ def review_kd(pair: Pair, *, width: int | None = None, weight: Weight = 1.0) -> 
   Returns:
     A method with the model `review_kd_fusion` and the Terms `review_kd/STAGE`.
 
-  Reference: Pengguang Chen, Shu Liu, Hengshuang Zhao and Jiaya Jia, "Distilling Knowledge via Knowledge Review", 2021,
-  arXiv 2104.09044.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -139,6 +136,9 @@ def review_kd(pair: Pair, *, width: int | None = None, weight: Weight = 1.0) -> 
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.review_kd(pair).models)
     ['review_kd_fusion']
+
+  Reference: Pengguang Chen, Shu Liu, Hengshuang Zhao and Jiaya Jia, "Distilling Knowledge via Knowledge Review", 2021,
+  arXiv 2104.09044.
   """
   name, fusion = pair.named("review_kd"), pair.named("review_kd_fusion")
   deepest_first = pair.some_stages()[::-1]
@@ -178,9 +178,6 @@ def factor_transfer(
   Raises:
     ValueError: if `rate` leaves no factor.
 
-  Reference: Jangho Kim, SeongUk Park and Nojun Kwak, "Paraphrasing Complex Network: Network Compression via Factor
-  Transfer", 2018, arXiv 1802.04977.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -188,6 +185,9 @@ def factor_transfer(
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> methods.factor_transfer(pair).stages["factor_transfer_paraphraser"].frozen
     ('factor_transfer_paraphraser',)
+
+  Reference: Jangho Kim, SeongUk Park and Nojun Kwak, "Paraphrasing Complex Network: Network Compression via Factor
+  Transfer", 2018, arXiv 1802.04977.
   """
   name = pair.named("factor_transfer")
   paraphraser, translator = (pair.named(f"factor_transfer_{part}") for part in ("paraphraser", "translator"))
@@ -224,9 +224,6 @@ def mgd(pair: Pair, *, stages: Sequence[str] | None = None, masked: float = 0.65
   Raises:
     ValueError: if `masked` is not in [0, 1), or sizes differ.
 
-  Reference: Zhendong Yang, Zhe Li, Mingqi Shao, Dachuan Shi, Zehuan Yuan and Chun Yuan, "Masked Generative
-  Distillation", 2022, arXiv 2205.01529.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -234,6 +231,9 @@ def mgd(pair: Pair, *, stages: Sequence[str] | None = None, masked: float = 0.65
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.mgd(pair).models)
     ['mgd_stage2', 'mgd_stage2_masked', 'mgd_stage2_hidden', 'mgd_stage2_generated']
+
+  Reference: Zhendong Yang, Zhe Li, Mingqi Shao, Dachuan Shi, Zehuan Yuan and Chun Yuan, "Masked Generative
+  Distillation", 2022, arXiv 2205.01529.
   """
   if not 0 <= masked < 1:
     raise ValueError(f"masked must be in [0, 1); got {masked}")

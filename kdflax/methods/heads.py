@@ -39,9 +39,6 @@ def simkd(
   Raises:
     ValueError: if the head does not fit the teacher's map, or the student's map is smaller than the teacher's.
 
-  Reference: Defang Chen, Jian-Ping Mei, Hailin Zhang, Can Wang, Yan Feng and Chun Chen, "Knowledge Distillation with
-  the Reused Teacher Classifier", 2022, arXiv 2203.14001.
-
   Examples:
     >>> import jax, numpy as np
     >>> from kdflax import methods, models
@@ -49,6 +46,9 @@ def simkd(
     >>> pair = methods.pair(models.convnet((4, 6), None), teacher, batch)
     >>> list(methods.simkd(pair, head=teacher.init(jax.random.key(0), batch)[0]["head"]).models)
     ['student']
+
+  Reference: Defang Chen, Jian-Ping Mei, Hailin Zhang, Can Wang, Yan Feng and Chun Chen, "Knowledge Distillation with
+  the Reused Teacher Classifier", 2022, arXiv 2203.14001.
   """
   stage = pair.some_stages()[-1] if stage is None else stage
   student, teacher = pair.features(stage)
@@ -93,9 +93,6 @@ def cat_kd(
   Raises:
     ValueError: if a model has no such head, or the pair no stages.
 
-  Reference: Ziyao Guo, Haonan Yan, Hui Li and Xiaodong Lin, "Class Attention Transfer Based Knowledge Distillation",
-  2023, arXiv 2304.12777.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -103,6 +100,9 @@ def cat_kd(
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> methods.cat_kd(pair).terms["cat_kd"].inputs["student_head"]
     'params.student.head.kernel'
+
+  Reference: Ziyao Guo, Haonan Yan, Hui Li and Xiaodong Lin, "Class Attention Transfer Based Knowledge Distillation",
+  2023, arXiv 2304.12777.
   """
   stage = pair.some_stages()[-1] if stage is None else stage
   student, teacher = pair.features(stage)

@@ -27,15 +27,15 @@ def soft_targets(pair: Pair, *, temperature: Any = 4.0, weight: Weight = 0.9, **
   Returns:
     A method with the Term `soft_targets`.
 
-  Reference: Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv
-  1503.02531.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> methods.soft_targets(pair).terms["soft_targets"].weight
     0.9
+
+  Reference: Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv
+  1503.02531.
   """
   settings |= {"temperature": temperature}
   return of_logits(pair, losses.kl_soft_targets, name="soft_targets", weight=weight, **settings)
@@ -55,15 +55,15 @@ def standardized_targets(pair: Pair, *, temperature: Any = 2.0, weight: Weight =
   Returns:
     A method with the Term `standardized_targets`.
 
-  Reference: Shangquan Sun, Wenqi Ren, Jingzhi Li, Rui Wang and Xiaochun Cao, "Logit Standardization in Knowledge
-  Distillation", 2024, arXiv 2403.01427.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> methods.standardized_targets(pair).terms["standardized_targets"].inputs["temperature"]
     2.0
+
+  Reference: Shangquan Sun, Wenqi Ren, Jingzhi Li, Rui Wang and Xiaochun Cao, "Logit Standardization in Knowledge
+  Distillation", 2024, arXiv 2403.01427.
   """
   loss = losses.standardized(losses.kl_soft_targets)
   return of_logits(pair, loss, name="standardized_targets", weight=weight, temperature=temperature, **settings)
@@ -79,15 +79,15 @@ def hard_targets(pair: Pair, *, weight: Weight = 0.5) -> Method:
   Returns:
     A method with the Term `hard_targets`.
 
-  Reference: Hugo Touvron, Matthieu Cord, Matthijs Douze, Francisco Massa, Alexandre Sablayrolles and Hervé Jégou,
-  "Training data-efficient image transformers and distillation through attention", 2021, arXiv 2012.12877.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.hard_targets(pair).terms)
     ['hard_targets']
+
+  Reference: Hugo Touvron, Matthieu Cord, Matthijs Douze, Francisco Massa, Alexandre Sablayrolles and Hervé Jégou,
+  "Training data-efficient image transformers and distillation through attention", 2021, arXiv 2012.12877.
   """
   return of_logits(pair, losses.hard_targets, weight=weight)
 
@@ -106,15 +106,15 @@ def dkd(pair: Pair, *, labels: str = "batch.label", weight: Weight = 1.0, **sett
   Returns:
     A method with the Term `dkd`.
 
-  Reference: Borui Zhao, Quan Cui, Renjie Song, Yiyu Qiu and Jiajun Liang, "Decoupled Knowledge Distillation", 2022,
-  arXiv 2203.08679.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.dkd(pair, beta=2.0).terms)
     ['dkd']
+
+  Reference: Borui Zhao, Quan Cui, Renjie Song, Yiyu Qiu and Jiajun Liang, "Decoupled Knowledge Distillation", 2022,
+  arXiv 2203.08679.
   """
   return of_logits(pair, losses.dkd, weight=weight, labels=labels, **settings)
 
@@ -131,16 +131,16 @@ def nkd(pair: Pair, *, labels: str = "batch.label", weight: Weight = 1.0, **sett
   Returns:
     A method with the Term `nkd`.
 
-  Reference: Zhendong Yang, Ailing Zeng, Zhe Li, Tianke Zhang, Chun Yuan and Yu Li, "From Knowledge Distillation to
-  Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", 2023, arXiv
-  2303.13005.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.nkd(pair).terms)
     ['nkd']
+
+  Reference: Zhendong Yang, Ailing Zeng, Zhe Li, Tianke Zhang, Chun Yuan and Yu Li, "From Knowledge Distillation to
+  Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", 2023, arXiv
+  2303.13005.
   """
   return of_logits(pair, losses.nkd, weight=weight, labels=labels, **settings)
 
@@ -157,15 +157,15 @@ def dist(pair: Pair, *, temperature: Any = 4.0, weight: Weight = 1.0, **settings
   Returns:
     A method with the Term `dist`.
 
-  Reference: Tao Huang, Shan You, Fei Wang, Chen Qian and Chang Xu, "Knowledge Distillation from A Stronger Teacher",
-  2022, arXiv 2205.10536.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.dist(pair).terms)
     ['dist']
+
+  Reference: Tao Huang, Shan You, Fei Wang, Chen Qian and Chang Xu, "Knowledge Distillation from A Stronger Teacher",
+  2022, arXiv 2205.10536.
   """
   return of_logits(pair, losses.dist, weight=weight, temperature=temperature, **settings)
 
@@ -183,14 +183,14 @@ def mlkd(pair: Pair, *, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0
   Returns:
     A method with the Terms `mlkd/instance/T`, `mlkd/class/T` and `mlkd/batch/T`.
 
-  Reference: Ying Jin, Jiaqi Wang and Dahua Lin, "Multi-Level Logit Distillation", CVPR 2023.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.mlkd(pair, temperatures=[2.0]).terms)
     ['mlkd/instance/2', 'mlkd/class/2', 'mlkd/batch/2']
+
+  Reference: Ying Jin, Jiaqi Wang and Dahua Lin, "Multi-Level Logit Distillation", CVPR 2023.
   """
   levels = {"instance": losses.kl_soft_targets, "class": losses.class_correlation, "batch": losses.batch_correlation}
   method = Method()
@@ -227,15 +227,15 @@ def ctkd(
   Raises:
     ValueError: if `start` or `span` is not positive, or a model has no logits.
 
-  Reference: Zheng Li, Xiang Li, Lingfeng Yang, Borui Zhao, Renjie Song, Lei Luo, Jun Li and Jian Yang, "Curriculum
-  Temperature for Knowledge Distillation", 2022, arXiv 2211.16231.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> methods.ctkd(pair).terms["ctkd"].inputs["temperature"]
     'ctkd_temperature.temperature'
+
+  Reference: Zheng Li, Xiang Li, Lingfeng Yang, Borui Zhao, Renjie Song, Lei Luo, Jun Li and Jian Yang, "Curriculum
+  Temperature for Knowledge Distillation", 2022, arXiv 2211.16231.
   """
   learned, progress = pair.named("ctkd_temperature"), pair.named("ctkd_progress")
   parts = {progress: _of_step(reversal)} if callable(reversal) else {}

@@ -18,9 +18,6 @@ def nst(pair: Pair, *, weight: Weight = 50.0) -> Method:
   Returns:
     A method with the Terms `nst/STAGE`.
 
-  Reference: Zehao Huang and Naiyan Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
-  arXiv 1707.01219.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -28,6 +25,9 @@ def nst(pair: Pair, *, weight: Weight = 50.0) -> Method:
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.nst(pair).terms)
     ['nst/stage1', 'nst/stage2']
+
+  Reference: Zehao Huang and Naiyan Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
+  arXiv 1707.01219.
   """
   return of_maps(pair, losses.nst, weight=weight)
 
@@ -43,9 +43,6 @@ def ickd(pair: Pair, *, weight: Weight = 2.5) -> Method:
   Returns:
     A method with the Term `ickd/STAGE` and, where channels differ, the connector `ickd_STAGE`.
 
-  Reference: Li Liu, Qingle Huang, Sihao Lin, Hongwei Xie, Bing Wang, Xiaojun Chang and Xiaodan Liang, "Exploring
-  Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", 2021, arXiv 2202.03680.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -53,6 +50,9 @@ def ickd(pair: Pair, *, weight: Weight = 2.5) -> Method:
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.ickd(pair).models)
     ['ickd_stage2']
+
+  Reference: Li Liu, Qingle Huang, Sihao Lin, Hongwei Xie, Bing Wang, Xiaojun Chang and Xiaodan Liang, "Exploring
+  Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", 2021, arXiv 2202.03680.
   """
   last = pair.some_stages()[-1:]
   return of_maps(pair, losses.inter_channel_correlation, stages=last, connect=True, name="ickd", weight=weight)
@@ -71,9 +71,6 @@ def fsp(pair: Pair, *, joint: bool = False, weight: Weight | None = None) -> Met
   Returns:
     A method with the Terms `fsp/STAGE` and connectors `fsp_STAGE`, all in the stage `fsp` unless `joint`.
 
-  Reference: Junho Yim, Donggyu Joo, Jihoon Bae and Junmo Kim, "A Gift from Knowledge Distillation: Fast Optimization,
-  Network Minimization and Transfer Learning", CVPR 2017.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -81,6 +78,9 @@ def fsp(pair: Pair, *, joint: bool = False, weight: Weight | None = None) -> Met
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.fsp(pair).stages["fsp"].models)
     ['fsp_stage1', 'fsp_stage2']
+
+  Reference: Junho Yim, Donggyu Joo, Jihoon Bae and Junmo Kim, "A Gift from Knowledge Distillation: Fast Optimization,
+  Network Minimization and Transfer Learning", CVPR 2017.
   """
   weight = (50.0 if joint else 1.0) if weight is None else weight
   method = of_flows(pair, losses.fsp, weight=weight)
@@ -98,9 +98,6 @@ def kdsvd(pair: Pair, *, weight: Weight = 1.0, **settings: Any) -> Method:
   Returns:
     A method with the Terms `kdsvd/STAGE` and connectors `kdsvd_STAGE`.
 
-  Reference: Seung Hyun Lee, Dae Ha Kim and Byung Cheol Song, "Self-supervised Knowledge Distillation Using Singular
-  Value Decomposition", 2018, arXiv 1807.06819.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -108,5 +105,8 @@ def kdsvd(pair: Pair, *, weight: Weight = 1.0, **settings: Any) -> Method:
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.kdsvd(pair).terms)
     ['kdsvd/stage2']
+
+  Reference: Seung Hyun Lee, Dae Ha Kim and Byung Cheol Song, "Self-supervised Knowledge Distillation Using Singular
+  Value Decomposition", 2018, arXiv 1807.06819.
   """
   return of_flows(pair, losses.kdsvd, weight=weight, **settings)

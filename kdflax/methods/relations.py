@@ -23,14 +23,14 @@ def rkd(pair: Pair, *, distance: float = 25.0, angle: float = 50.0, weight: Weig
   Returns:
     A method with the Terms `rkd_distance` and `rkd_angle`.
 
-  Reference: Wonpyo Park, Dongju Kim, Yan Lu and Minsu Cho, "Relational Knowledge Distillation", 2019, arXiv 1904.05068.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.rkd(pair).terms)
     ['rkd_distance', 'rkd_angle']
+
+  Reference: Wonpyo Park, Dongju Kim, Yan Lu and Minsu Cho, "Relational Knowledge Distillation", 2019, arXiv 1904.05068.
   """
   distances = of_embeddings(pair, losses.rkd_distance, weight=times(weight, distance))
   return distances | of_embeddings(pair, losses.rkd_angle, weight=times(weight, angle))
@@ -46,8 +46,6 @@ def similarity_preserving(pair: Pair, *, weight: Weight = 3000.0) -> Method:
   Returns:
     A method with the Term `similarity_preserving/STAGE`.
 
-  Reference: Frederick Tung and Greg Mori, "Similarity-Preserving Knowledge Distillation", 2019, arXiv 1907.09682.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
@@ -55,6 +53,8 @@ def similarity_preserving(pair: Pair, *, weight: Weight = 3000.0) -> Method:
     >>> pair = methods.pair(models.convnet((4, 6)), models.convnet((8, 12)), batch)
     >>> list(methods.similarity_preserving(pair).terms)
     ['similarity_preserving/stage2']
+
+  Reference: Frederick Tung and Greg Mori, "Similarity-Preserving Knowledge Distillation", 2019, arXiv 1907.09682.
   """
   return of_maps(pair, losses.similarity_preserving, stages=pair.some_stages()[-1:], weight=weight)
 
@@ -70,15 +70,15 @@ def pkt(pair: Pair, *, weight: Weight = 30000.0, **settings: Any) -> Method:
   Returns:
     A method with the Term `pkt`.
 
-  Reference: Nikolaos Passalis and Anastasios Tefas, "Learning Deep Representations with Probabilistic Knowledge
-  Transfer", 2018, arXiv 1803.10837.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.pkt(pair).terms)
     ['pkt']
+
+  Reference: Nikolaos Passalis and Anastasios Tefas, "Learning Deep Representations with Probabilistic Knowledge
+  Transfer", 2018, arXiv 1803.10837.
   """
   return of_embeddings(pair, losses.pkt, weight=weight, **settings)
 
@@ -94,15 +94,15 @@ def correlation_congruence(pair: Pair, *, weight: Weight = 1.0, **settings: Any)
   Returns:
     A method with the Term `correlation_congruence`.
 
-  Reference: Baoyun Peng, Xiao Jin, Jiaheng Liu, Shunfeng Zhou, Yichao Wu, Yu Liu, Dongsheng Li and Zhaoning Zhang,
-  "Correlation Congruence for Knowledge Distillation", 2019, arXiv 1904.01802.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.correlation_congruence(pair).terms)
     ['correlation_congruence']
+
+  Reference: Baoyun Peng, Xiao Jin, Jiaheng Liu, Shunfeng Zhou, Yichao Wu, Yu Liu, Dongsheng Li and Zhaoning Zhang,
+  "Correlation Congruence for Knowledge Distillation", 2019, arXiv 1904.01802.
   """
   return of_embeddings(pair, _unit_congruence, name="correlation_congruence", weight=weight, **settings)
 
@@ -118,15 +118,15 @@ def info_nce(pair: Pair, *, weight: Weight = 1.0, **settings: Any) -> Method:
   Returns:
     A method with the Term `info_nce` and the linear connector `info_nce_connector`.
 
-  Reference: Aaron van den Oord, Yazhe Li and Oriol Vinyals, "Representation Learning with Contrastive Predictive
-  Coding", 2018, arXiv 1807.03748.
-
   Examples:
     >>> import numpy as np
     >>> from kdflax import methods, models
     >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
     >>> list(methods.info_nce(pair).models)
     ['info_nce_connector']
+
+  Reference: Aaron van den Oord, Yazhe Li and Oriol Vinyals, "Representation Learning with Contrastive Predictive
+  Coding", 2018, arXiv 1807.03748.
   """
   return of_embeddings(pair, losses.info_nce, connect=True, weight=weight, **settings)
 
