@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.quick import compile_quickly
 from kdflax.extras import extra
 from kdflax.training import PREEMPTED, Preempted, write_atomically
 
@@ -31,8 +32,11 @@ def run_command_line(main: Callable[[Any], None], config_type: type) -> None:
   cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "kdflax"))
   jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  if config.smoke:
+    compile_quickly()
   try:
     main(config)
+    print(f"results are in {pathlib.Path(config.checked().run).absolute()}", file=sys.stderr)
   except Preempted as message:
     print(f"stopped: {message}", file=sys.stderr)
     sys.exit(PREEMPTED)
