@@ -20,7 +20,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def average(params_list: Sequence[PyTree], weights: Sequence[float] | jax.Array | None = None) -> PyTree:
-  """Averages the params of several models.
+  """Average the params of several models.
 
   Models that were tuned from one start often lie in one basin, where their average is as good as their ensemble and
   costs one model (a soup). Equal models give exactly that model.
@@ -52,7 +52,7 @@ def average(params_list: Sequence[PyTree], weights: Sequence[float] | jax.Array 
 
 
 def fisher(params_list: Sequence[PyTree], fishers: Sequence[PyTree]) -> PyTree:
-  """Averages the params of several models, each entry weighed by how much the model's data depend on it.
+  """Average the params of several models, each entry weighed by how much the model's data depend on it.
 
   The mode of the product of Gaussian posteriors whose precisions are the diagonal Fisher informations. An entry that
   matters to none of the models (all its informations 0) is averaged with equal weights.
@@ -94,7 +94,7 @@ def fisher(params_list: Sequence[PyTree], fishers: Sequence[PyTree]) -> PyTree:
 
 
 def regmean(weights_list: Sequence[PyTree], grams_list: Sequence[PyTree], alpha: float | jax.Array = 0.9) -> PyTree:
-  """Merges linear layers so that the merged one answers the inputs of each as that one did.
+  """Merge linear layers so that the merged one answers the inputs of each as that one did.
 
   The least squares fit, in closed form, of one kernel to the outputs of all models on their own inputs. Directions that
   no model's inputs have keep the average, as everything does that has no Gram matrix.

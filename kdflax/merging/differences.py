@@ -19,7 +19,7 @@ Scale = float | Sequence[float] | jax.Array
 
 
 def task_arithmetic(base: PyTree, tuned: Sequence[PyTree], scale: Scale) -> PyTree:
-  """Adds what every tuned model has learned to the base.
+  """Add what every tuned model has learned to the base.
 
   With scale 1 and one model it is that model; a negative scale makes the base forget a task.
 
@@ -50,7 +50,7 @@ def task_arithmetic(base: PyTree, tuned: Sequence[PyTree], scale: Scale) -> PyTr
 
 
 def ties(base: PyTree, tuned: Sequence[PyTree], density: float, scale: float | jax.Array) -> PyTree:
-  """Adds what tuning changed most, where the models agree on the direction.
+  """Add what tuning changed most, where the models agree on the direction.
 
   Small changes are noise and opposed ones cancel each other. Each model keeps the `density n` of its n differences that
   are largest in magnitude (trim); the sign of their sum decides for each entry (elect); the mean of those of that sign,
@@ -105,7 +105,7 @@ def dare(
   key: jax.Array | None = None,
   masks: Sequence[PyTree] | None = None,
 ) -> PyTree:
-  """Drops most of what tuning changed at random, and adds the rest, scaled up.
+  """Drop most of what tuning changed at random, and add the rest, scaled up.
 
   Differences are redundant: a tenth of them, ten times as large, does the same, and those of several models meet less
   often. The expected result is that of `task_arithmetic`. To trim and elect signs afterwards (DARE with TIES) hand each

@@ -37,7 +37,7 @@ def layers(params: PyTree, layer_of: Callable[[str], str] = layer_of) -> list[st
 def layer_wise(
   base: PyTree, tuned: Sequence[PyTree], coefficients: jax.Array, layer_of: Callable[[str], str] = layer_of
 ) -> PyTree:
-  """Adds what every tuned model has learned to the base, each layer by a scale of its own.
+  """Add what every tuned model has learned to the base, each layer by a scale of its own.
 
   `task_arithmetic` is the case of equal coefficients. The derivative by a coefficient is the inner product of the
   gradient of the merged layer with the model's difference there.
@@ -86,7 +86,7 @@ def learned(
   initial: float | Sequence[float] | jax.Array = 0.3,
   layer_of: Callable[[str], str] = layer_of,
 ) -> Model:
-  """Makes the model whose only parameters say how much of each tuned model goes into each layer.
+  """Make the model whose only parameters say how much of each tuned model goes into each layer.
 
   It answers as `model` does with the params `layer_wise(base, tuned, coefficients)`. Trained by the Terms of a
   distillation from the tuned models, on data that need no labels, it learns the merging that answers most like all of

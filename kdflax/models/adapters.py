@@ -52,7 +52,7 @@ def from_nnx(
   inputs: str | tuple[str, ...] = "batch",
   with_example: bool = False,
 ) -> Model:
-  """Turns a Flax NNX module into a `Model`.
+  """Turn a Flax NNX module into a `Model`.
 
   The module is called as `module(x, train=..., rngs=...)`, each keyword only where its `__call__` has it. In place of
   `train` it may take `training`, `is_training`, `deterministic`, `inference` or `use_running_average`. Without any the
@@ -137,7 +137,7 @@ def from_linen(
   method: str | Callable[..., Any] | None = None,
   **kwargs: Any,
 ) -> Model:
-  """Turns a Flax Linen module into a `Model`.
+  """Turn a Flax Linen module into a `Model`.
 
   Called as `module.apply(variables, x, train=...)`. In place of `train` the method may take `training`, `is_training`,
   `deterministic`, `inference` or `use_running_average`, or the module may have a field of such a name. It returns

@@ -23,7 +23,7 @@ class Forward(Protocol):
 
 
 def compose(forward: Forward) -> Model:
-  """Builds a model from a function that runs other models.
+  """Build a model from a function that runs other models.
 
   `forward(run, batch) -> outputs` calls `run(path, model, source)` for every part. `path` is where the parameters and
   the state of the part lie (`"task/left/head"`), and gives the part its own randomness; `source`, a batch or the
@@ -79,7 +79,7 @@ def compose(forward: Forward) -> Model:
 
 
 def stacked(model: Model, copies: int, *, own_inputs: bool = False) -> Model:
-  """Builds several copies of a model, their parameters stacked, that one vmapped call runs all at once.
+  """Build several copies of a model, their parameters stacked, that one vmapped call runs all at once.
 
   Args:
     model: what is copied. Copies start from different keys.
@@ -110,7 +110,7 @@ def stacked(model: Model, copies: int, *, own_inputs: bool = False) -> Model:
 
 
 def unstack(tree: PyTree) -> list[PyTree]:
-  """Takes a stacked tree apart: one tree for each entry of the leading axis, as `kdflax.coupling` wants them.
+  """Take a stacked tree apart: one tree for each entry of the leading axis, as `kdflax.coupling` wants them.
 
   Args:
     tree: pytree of arrays [copies, ...], such as the params of a `stacked` model.

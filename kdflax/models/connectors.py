@@ -22,7 +22,7 @@ _MAP = "[batch, height, width, channels]"
 
 
 def linear_connector(path: str, width: int, *, bias: bool = True) -> Model:
-  """Maps the last axis linearly to another width.
+  """Map the last axis linearly to another width.
 
   Args:
     path: context path of an array [batch, ..., features].
@@ -54,7 +54,7 @@ def conv_connector(
   batch_norm: bool = False,
   activation: Activation | None = None,
 ) -> Model:
-  """Maps a feature map to another number of channels by one convolution.
+  """Map a feature map to another number of channels by one convolution.
 
   As is: the 1x1 regressor of hints. With `batch_norm=True`: the connector of overhaul distillation (OFD). With
   `batch_norm=True, activation=jax.nn.relu` and a kernel of 3: the convolutional regressor of FitNets.
@@ -87,7 +87,7 @@ def conv_connector(
 
 
 def embedding_connector(path: str, width: int = 128) -> Model:
-  """Maps features linearly to points on the unit sphere, for contrastive losses.
+  """Map features linearly to points on the unit sphere, for contrastive losses.
 
   The trailing axes are flattened first. A row that maps to exactly zero stays zero and gets no gradient; any other row
   has norm 1, however small. Norms are computed in float32 or wider.
@@ -116,7 +116,7 @@ def embedding_connector(path: str, width: int = 128) -> Model:
 
 
 def vid_connector(path: str, channels: int) -> Model:
-  """Predicts the teacher's feature map as a Gaussian: a mean for each position, a variance for each channel.
+  """Predict the teacher's feature map as a Gaussian: a mean for each position, a variance for each channel.
 
   The mean is three bias-free 1x1 convolutions with ReLU between them; the variance is `softplus(rho) + 1e-5` and starts
   at 5.
@@ -144,7 +144,7 @@ def vid_connector(path: str, channels: int) -> Model:
 
 
 def temperature(*, start: float = 1.0, span: float = 20.0, initial: float = 1.0, reversal: float | str = 1.0) -> Model:
-  """Learns a temperature against the student: a curriculum that makes the soft targets harder.
+  """Learn a temperature against the student: a curriculum that makes the soft targets harder.
 
   `start + span * sigmoid(theta)`. The gradient of theta is multiplied by `-reversal`, so that an optimizer that
   descends for the student ascends for theta. At `reversal` 0 the temperature stays; at -1 it descends with the student.

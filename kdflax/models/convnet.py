@@ -18,7 +18,7 @@ def convnet(
   input: str = "image",
   dtype: Dtype | None = None,
 ) -> Model:
-  """Builds a plain stack of 3x3 convolutions, BatchNorm and ReLU, with a global average pool before the classifier.
+  """Build a plain stack of 3x3 convolutions, BatchNorm and ReLU, with a global average pool before the classifier.
 
   Every stage is one convolution; the first keeps the size of the image, each later one halves it. `features` are
   `stage1`, `stage2`, ... after the ReLU and `stage1_pre`, ... before it. Convolutions start He normal (fan-out).

@@ -23,7 +23,7 @@ def review_fusion(
   sizes: Sequence[tuple[int, int]] | None = None,
   width: int | None = None,
 ) -> Model:
-  """Fuses the student's maps from the deepest to the shallowest, each fusion to be compared with one teacher map.
+  """Fuse the student's maps from the deepest to the shallowest, each fusion to be compared with one teacher map.
 
   At each level: a 1x1 convolution to the common width; a blend with what the level below left, enlarged to the nearest
   neighbour, by two gates per position, `sigmoid(conv([x, y]))`; then a 3x3 convolution to the teacher's channels. Every
@@ -65,7 +65,7 @@ def review_fusion(
 
 
 def paraphraser(path: str, *, rate: float = 0.5) -> Model:
-  """Compresses the teacher's map to factors, from which it can be rebuilt.
+  """Compress the teacher's map to factors, from which it can be rebuilt.
 
   Three 3x3 convolutions each way, with BatchNorm and LeakyReLU (slope 0.1). Train it first on the squared error between
   `reconstruction` and the teacher's map; then freeze it, and compare `output` with that of a `translator`.
@@ -99,7 +99,7 @@ def paraphraser(path: str, *, rate: float = 0.5) -> Model:
 
 
 def translator(path: str, factors: int) -> Model:
-  """Maps the student's features to the factors of a `paraphraser`.
+  """Map the student's features to the factors of a `paraphraser`.
 
   Three 3x3 convolutions with BatchNorm and LeakyReLU (slope 0.1).
 
@@ -132,7 +132,7 @@ def reused_head(
   size: tuple[int, int] | None = None,
   factor: int = 2,
 ) -> Model:
-  """Sends the student's map through a projector into the teacher's classifier, which stays as it is.
+  """Send the student's map through a projector into the teacher's classifier, which stays as it is.
 
   The projector is a bottleneck of 1x1, 3x3 and 1x1 convolutions with BatchNorm and ReLU. It is all that is learned:
   train it and the student on `hint(output, the teacher's last map)` alone. The classifier travels in `state`. Both stay

@@ -26,7 +26,7 @@ def from_equinox(
   batched: bool = False,
   axis_name: str = "batch",
 ) -> Model:
-  """Turns an Equinox module into a `Model`.
+  """Turn an Equinox module into a `Model`.
 
   The module looks at one example, as Equinox's do, and is vmapped over the batch: `module(x, key=...)`, or
   `module(x, state, key=...)` if it has state (`eqx.nn.BatchNorm`, any `eqx.nn.StateIndex`), each keyword only where its

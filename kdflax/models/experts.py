@@ -28,7 +28,7 @@ class Gate(Protocol):
 
 
 def mmoe(expert: Model, heads: Heads, *, num_experts: int = 4, input: str = "image") -> Model:
-  """Shares several experts, which every task mixes by a gate of its own.
+  """Share several experts, which every task mixes by a gate of its own.
 
   All outputs of the experts are mixed, features as well: `z_t = sum_e softmax(W_t x)_e f_e(x)`.
 
@@ -46,13 +46,13 @@ def mmoe(expert: Model, heads: Heads, *, num_experts: int = 4, input: str = "ima
     ValueError: if there are no heads or no experts, or a name cannot be part of a path.
 
   Reference: Jiaqi Ma, Zhe Zhao, Xinyang Yi, Jilin Chen, Lichan Hong and Ed H. Chi, "Modeling Task Relationships in
-  Multi-task Learning with Multi-gate Mixture-of-Experts", 2018.
+  Multi-task Learning with Multi-gate Mixture-of-Experts", KDD 2018.
   """
   return _extraction([expert], heads, num_experts, 0, input, _softmax_gate)
 
 
 def cgc(expert: Model, heads: Heads, *, shared_experts: int = 2, task_experts: int = 1, input: str = "image") -> Model:
-  """Mixes shared experts and experts of one task: customised gate control, `ple` with one level.
+  """Mix shared experts and experts of one task: customised gate control, `ple` with one level.
 
   Args:
     expert: a network, copied.
@@ -75,7 +75,7 @@ def cgc(expert: Model, heads: Heads, *, shared_experts: int = 2, task_experts: i
 def ple(
   levels: Sequence[Model], heads: Heads, *, shared_experts: int = 2, task_experts: int = 1, input: str = "image"
 ) -> Model:
-  """Extracts features level by level, by shared experts and experts of one task: progressive layered extraction.
+  """Extract features level by level, by shared experts and experts of one task: progressive layered extraction.
 
   At a level, a task mixes its own experts and the shared ones by a softmax gate. Between levels a shared gate mixes the
   experts of all, which is what the shared experts of the next level read.
@@ -99,8 +99,8 @@ def ple(
     ValueError: if there are no heads, levels or experts, or a name cannot be part of a path.
 
   Reference: Hongyan Tang, Junning Liu, Ming Zhao and Xudong Gong, "Progressive Layered Extraction (PLE): A Novel
-  Multi-Task Learning (MTL) Model for Personalized Recommendations", 2020. Widely used code has no shared gate and
-  runs the shared experts once for every task instead.
+  Multi-Task Learning (MTL) Model for Personalized Recommendations", RecSys 2020. Widely used code has no shared gate
+  and runs the shared experts once for every task instead.
   """
   return _extraction(levels, heads, shared_experts, task_experts, input, _softmax_gate)
 
@@ -115,7 +115,7 @@ def dselect_k(
   per_example: bool = False,
   input: str = "image",
 ) -> Model:
-  """Shares several experts of which every task comes to select a few, by a gate that is smooth.
+  """Share several experts of which every task comes to select a few, by a gate that is smooth.
 
   Selector i of a task writes the number of an expert in binary, each digit smoothed by the cubic step S: 0 below
   `-gamma / 2`, 1 above `gamma / 2`. It gives expert e the weight r_i(e), the product over the digits of `S(z_ij)` or

@@ -21,7 +21,7 @@ def mlp(
   input: str = "image",
   dtype: Dtype | None = None,
 ) -> Model:
-  """Builds a multilayer perceptron over the flattened input.
+  """Build a multilayer perceptron over the flattened input.
 
   `features` are `hidden1`, `hidden2`, ... after the activation and before dropout, and `hidden1_pre`, ... before the
   activation. `embedding` is the last of them, or the flattened input if `hidden` is empty (a linear classifier).

@@ -26,7 +26,7 @@ def resnet(
   input: str = "image",
   dtype: Dtype | None = None,
 ) -> Model:
-  """Builds a CIFAR residual network of basic blocks, 6 n + 2 layers deep.
+  """Build a CIFAR residual network of basic blocks, 6 n + 2 layers deep.
 
   A 3x3 stem, then three stages of n blocks, then the global average pool. Stages 2 and 3 halve the image. Where the
   size or the width changes, the shortcut is a 1x1 convolution with BatchNorm. Convolutions start He normal (fan-out).

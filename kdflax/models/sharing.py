@@ -31,7 +31,7 @@ Heads = Mapping[str, Model]
 
 
 def task_head(width: int | None = None, *, hidden: Sequence[int] = (), reads: str = "embedding") -> Model:
-  """Maps the last axis of an encoder's output to the prediction of a task.
+  """Map the last axis of an encoder's output to the prediction of a task.
 
   A classification has one output for each class, a regression one for each target. On a feature map the layers work
   position by position, as 1x1 convolutions: a dense prediction.
@@ -54,7 +54,7 @@ def task_head(width: int | None = None, *, hidden: Sequence[int] = (), reads: st
 
 
 def hard_sharing(encoder: Model, heads: Heads) -> Model:
-  """Shares one encoder between all tasks.
+  """Share one encoder between all tasks.
 
   Args:
     encoder: a network; its `embedding` and `features` are the outputs of the whole.
@@ -66,7 +66,7 @@ def hard_sharing(encoder: Model, heads: Heads) -> Model:
   Raises:
     ValueError: if there are no heads, or a name cannot be part of a path.
 
-  Reference: Rich Caruana, "Multitask Learning: A Knowledge-Based Source of Inductive Bias", 1993.
+  Reference: Rich Caruana, "Multitask Learning: A Knowledge-Based Source of Inductive Bias", ICML 1993.
   """
   tasks = checked_tasks(heads)
 
@@ -78,7 +78,7 @@ def hard_sharing(encoder: Model, heads: Heads) -> Model:
 
 
 def soft_sharing(encoder: Model, heads: Heads) -> Model:
-  """Gives every task a network of its own, all run by one vmapped call.
+  """Give every task a network of its own, all run by one vmapped call.
 
   Without a coupling these are independent networks. Couple them in training by a penalty on what is stacked:
 
@@ -95,7 +95,7 @@ def soft_sharing(encoder: Model, heads: Heads) -> Model:
     ValueError: as `hard_sharing`.
 
   Reference: Long Duong, Trevor Cohn, Steven Bird and Paul Cook, "Low Resource Dependency Parsing: Cross-lingual
-  Parameter Sharing in a Neural Network Parser", 2015.
+  Parameter Sharing in a Neural Network Parser", ACL 2015.
   """
   tasks = checked_tasks(heads)
 
@@ -107,7 +107,7 @@ def soft_sharing(encoder: Model, heads: Heads) -> Model:
 
 
 def feature_sharing(extractor: Model, towers: Model | Mapping[str, Model], heads: Heads) -> Model:
-  """Shares a feature extractor, and gives every task deeper layers of its own.
+  """Share a feature extractor, and give every task deeper layers of its own.
 
   Args:
     extractor: a network.
@@ -136,7 +136,7 @@ def feature_sharing(extractor: Model, towers: Model | Mapping[str, Model], heads
 
 
 def cross_stitch(stages: Sequence[Model], heads: Heads, *, self_weight: float = 0.9) -> Model:
-  """Lets the networks of all tasks exchange features between their stages.
+  """Let the networks of all tasks exchange features between their stages.
 
   Before every stage but the first, task t reads `sum_j A[t, j] h_j` of the outputs h_j that the stage before gave for
   each task: one learned [tasks, tasks] matrix A for every such place.
@@ -173,7 +173,7 @@ def cross_stitch(stages: Sequence[Model], heads: Heads, *, self_weight: float = 
 
 
 def mtan(encoder: Model, heads: Heads, *, layers: Sequence[str]) -> Model:
-  """Shares one encoder, and lets every task choose among its features by attention masks.
+  """Share one encoder, and let every task choose among its features by attention masks.
 
   For task t, with p_l the shared features at layer l and z_l what the task makes of them:
 
