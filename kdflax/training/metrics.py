@@ -218,10 +218,20 @@ def start_running(new: Sums) -> Running:
 
 @jax.jit
 def accumulate(running: Running, new: Sums) -> Running:
-  """Adds on the device, without waiting for it, and keeps the rounding error of each addition (Knuth's TwoSum)."""
-  high = jax.tree.map(lambda a, b: a + b, running.high, new)
-  rounded = lambda a, b, s: (a - (s - (s - a))) + (b - (s - a))
-  return Running(high, jax.tree.map(lambda low, *sums: low + rounded(*sums), running.low, running.high, new, high))
+  """Adds on the device, without waiting for it: two numbers of float32 hold a sum to 14 digits."""
+  pairs = jax.tree.map(_add_to_pair, running.high, running.low, new)
+  parts = [jax.tree.map(lambda _, pair, part=part: pair[part], new, pairs) for part in (0, 1)]
+  return Running(*parts)
+
+
+def _add_to_pair(high: jax.Array, low: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`high + low + new` in two parts, the low one what rounding took from the high one. Knuth's TwoSum, renormalised."""
+  rough = high + new
+  without = rough - high
+  lost = (high - (rough - without)) + (new - without) + low
+  lost = jnp.where(jnp.isfinite(rough), lost, 0)
+  fine = rough + lost
+  return fine, lost - (fine - rough)
 
 
 def total(running: Running) -> Sums:
