@@ -1,7 +1,5 @@
 """Merging by formula against sums written out in NumPy and float64."""
 
-import doctest
-import importlib
 import math
 import re
 
@@ -16,7 +14,6 @@ from kdflax import merging
 
 SHAPES = {"conv": {"bias": (4,), "kernel": (3, 3, 2, 4)}, "head": {"gain": (), "kernel": (8, 6)}}
 SIZE = 4 + 72 + 1 + 48
-MODULES = ("averages", "differences", "learned")
 
 
 def draw(seed, dtype=np.float64, scale=1.0):
@@ -321,10 +318,3 @@ def test_gram_matrices_that_do_not_fit_are_refused():
     merging.regmean(layers, grams(eye))
   with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\]; got 1.5"):
     merging.regmean(layers, grams(eye, eye), 1.5)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_examples_print_what_they_say(module):
-  module = importlib.import_module(f"kdflax.merging.{module}")
-  results = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
-  assert results.attempted and not results.failed
