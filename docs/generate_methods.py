@@ -21,7 +21,7 @@ INTRODUCTION = """\
 
 Every distillation loss of `kdflax.losses`, and the function of `kdflax.methods` that makes it a method for a student
 and a teacher. This page is generated from the docstrings, which say more, and the catalogue: edit those, or
-kdflax/methods/catalogue.py, and run `python -m docs.generate_methods`.
+kdflax/methods/catalogue, and run `python -m docs.generate_methods`.
 """
 
 WEIGHTS = textwrap.fill(
@@ -89,7 +89,7 @@ def entries() -> dict[str, Entry]:
   public = {name for name in losses.__all__ if name not in TOOLS}
   if unknown := public - CATALOGUE.keys():
     raise ValueError(
-      f"no entry for {', '.join(sorted(unknown))}: add one to CATALOGUE in kdflax/methods/catalogue.py, or a line to"
+      f"no entry for {', '.join(sorted(unknown))}: add one to CATALOGUE in kdflax/methods/catalogue, or a line to"
       " its TOOLS"
     )
   return {name: entry for name, entry in CATALOGUE.items() if name in public}
