@@ -83,50 +83,74 @@ def pass_in_parts(
     parts: how many.
     balanced: whether the pullback is called with weights that depend on the losses.
   """
-  split = jnp.arange(parts), split_batch(batch, parts)
-
-  def forward(states: PyTree, numbered: tuple[jax.Array, PyTree]):
-    index, part = numbered
-    values, metrics, states = run(merge(*params), states, part, jax.random.fold_in(key, index))
-    return states, (values, metrics)
-
-  moved, seen = lax.scan(forward, states, split)
-  counts = {name: count.sum() for name, (_, count) in seen[1].items()}
-
-  def add_up(seen: tuple[Values, Metrics]) -> tuple[jax.Array, Metrics]:
-    values, metrics = seen
-    whole = {name: _of_whole(value, metrics[name][1], counts[name]).sum() for name, value in values.items()}
-    return rows.losses(whole), jax.tree.map(lambda leaf: leaf.sum(0), metrics)
-
-  def back(weights: jax.Array) -> tuple[Gradient, PyTree, tuple[Values, Metrics]]:
-    def objective(shared, own, states, part, key):
-      values, metrics, states = run(merge(shared, own), states, part, key)
-      whole = {name: _of_whole(value, metrics[name][1], counts[name]) for name, value in values.items()}
-      return rows.losses(whole), (states, (values, metrics))
-
-    def add(carry: tuple[PyTree, Gradient], numbered: tuple[jax.Array, PyTree]):
-      (states, total), (index, part) = carry, numbered
-      of_part = lambda shared, own: objective(shared, own, states, part, jax.random.fold_in(key, index))
-      _, pullback, (states, seen) = jax.vjp(of_part, *params, has_aux=True)
-      total = jax.tree.map(lambda sum_, leaf: sum_ + leaf.astype(sum_.dtype), total, pullback(weights))
-      return (states, total), seen
-
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), params)
-    (moved, total), seen = lax.scan(add, (states, zeros), split)
-    return jax.tree.map(lambda sum_, leaf: sum_.astype(leaf.dtype), total, params), moved, seen
-
-  losses, metrics = add_up(seen)
+  keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
+  work = _Work(run, rows, params, states, (split_batch(batch, parts), keys))
+  moved, seen = _forward(work)
+  counts = {name: count.sum() for name, (_, count) in seen.metrics.items()}
+  losses, metrics = _added_up(work, seen, counts)
   present = rows.present(metrics)
   if balanced:
-    return Passes(losses, lambda weights: back(weights)[0], present, moved, metrics)
-  gradient, moved, seen = back(present.astype(losses.dtype))
-  losses, metrics = add_up(seen)
+    return Passes(losses, lambda weights: _back(work, counts, weights)[0], present, moved, metrics)
+  gradient, moved, seen = _back(work, counts, present.astype(losses.dtype))
+  losses, metrics = _added_up(work, seen, counts)
   return Passes(losses, lambda weights: gradient, present, moved, metrics)
 
 
-def _of_whole(mean: jax.Array, count: jax.Array, total: jax.Array) -> jax.Array:
-  """What the mean over a part adds to the mean over all parts."""
-  return mean * (count / jnp.maximum(total, 1))
+class _Work(NamedTuple):
+  """What every pass through the parts has in common."""
+
+  run: Run
+  rows: Rows
+  params: Gradient
+  states: PyTree
+  parts: tuple[PyTree, jax.Array]  # batches and keys, on a leading axis
+
+
+class _Seen(NamedTuple):
+  """What the parts say, on a leading axis."""
+
+  values: Values
+  metrics: Metrics
+
+
+def _forward(work: _Work) -> tuple[PyTree, _Seen]:
+  """Returns the states after all parts, and what each says."""
+
+  def step(states: PyTree, part: tuple[PyTree, jax.Array]) -> tuple[PyTree, _Seen]:
+    values, metrics, states = work.run(merge(*work.params), states, *part)
+    return states, _Seen(values, metrics)
+
+  return lax.scan(step, work.states, work.parts)
+
+
+def _back(work: _Work, counts: Values, weights: jax.Array) -> tuple[Gradient, PyTree, _Seen]:
+  """Returns the gradient of the weighted sum of the rows over all parts, and what `_forward` does."""
+
+  def step(carry: tuple[PyTree, Gradient], part: tuple[PyTree, jax.Array]) -> tuple[tuple[PyTree, Gradient], _Seen]:
+    states, total = carry
+
+    def objective(shared: PyTree, own: PyTree):
+      values, metrics, moved = work.run(merge(shared, own), states, *part)
+      return work.rows.losses(_of_whole(values, metrics, counts)), (moved, _Seen(values, metrics))
+
+    _, pullback, (moved, seen) = jax.vjp(objective, *work.params, has_aux=True)
+    add = lambda total, leaf: total + leaf.astype(total.dtype)
+    return (moved, jax.tree.map(add, total, pullback(weights))), seen
+
+  wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+  (moved, total), seen = lax.scan(step, (work.states, jax.tree.map(wide, work.params)), work.parts)
+  return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), total, work.params), moved, seen
+
+
+def _added_up(work: _Work, seen: _Seen, counts: Values) -> tuple[jax.Array, Metrics]:
+  """The losses of the rows `[T]` and the metrics of the whole batch."""
+  whole = {name: parts.sum() for name, parts in _of_whole(seen.values, seen.metrics, counts).items()}
+  return work.rows.losses(whole), jax.tree.map(lambda leaf: leaf.sum(0), seen.metrics)
+
+
+def _of_whole(values: Values, metrics: Metrics, counts: Values) -> dict[str, jax.Array]:
+  """What the means over a part add to the means over all parts."""
+  return {name: mean * (metrics[name][1] / jnp.maximum(counts[name], 1)) for name, mean in values.items()}
 
 
 def split_batch(batch: PyTree, parts: int) -> PyTree:
