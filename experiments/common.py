@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -10,40 +9,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.quick import compile_quickly
 from kdflax.extras import extra
-from kdflax.training import PREEMPTED, Preempted, write_atomically
+from kdflax.training import DiskFull, ExitCode, main_guard, write_atomically
 
 with extra("experiments", "an experiment"):
   import tyro
   from scipy import stats
   from tqdm import tqdm
 
-BAD_INPUT = 2  # exit code
+BAD_INPUT = ExitCode.BAD_INPUT
 _ROOM = 100 * 2**20  # bytes that a run wants free on the disk
 
 
 def run_command_line(main: Callable[[Any], None], config_type: type) -> None:
   """Parses the arguments into a config and runs; mistakes end in one clear line and an exit code of their own."""
   config = tyro.cli(config_type, description=sys.modules[main.__module__].__doc__)
-  cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "kdflax"))
-  jax.config.update("jax_compilation_cache_dir", cache)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-  if config.smoke:
-    compile_quickly()
-  try:
+  with main_guard():
+    if config.smoke:
+      compile_quickly()
     main(config)
     print(f"results are in {pathlib.Path(config.checked().run).absolute()}", file=sys.stderr)
-  except Preempted as message:
-    print(f"stopped: {message}", file=sys.stderr)
-    sys.exit(PREEMPTED)
-  except (ValueError, OSError) as error:
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()) if "JAX" not in note)
-    print(f"error: {error}{notes}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
 
 
 def check_numbers(config: Any, *, at_least_one: Sequence[str], positive: Sequence[str] = ()) -> None:
@@ -63,11 +51,11 @@ def filled(config: Any, recipe: Any) -> Any:
 
 
 def check_room(path: str | pathlib.Path) -> None:
-  """Raises an OSError while there is still nothing to lose if the disk is nearly full."""
+  """Raises `DiskFull` while there is still nothing to lose if the disk is nearly full."""
   existing = next(p for p in [pathlib.Path(path).absolute(), *pathlib.Path(path).absolute().parents] if p.exists())
   free = shutil.disk_usage(existing).free
   if free < _ROOM:
-    raise OSError(f"only {free / 2**20:.0f} MiB are free at {existing}, a run wants {_ROOM / 2**20:.0f}; make room")
+    raise DiskFull(f"only {free / 2**20:.0f} MiB are free at {existing}, a run wants {_ROOM / 2**20:.0f}; make room")
 
 
 class Progress:

@@ -12,8 +12,9 @@ import numpy as np
 from kdflax.model import PyTree
 from kdflax.training import finite
 from kdflax.training.checkpoints import Checkpoints, Restored
+from kdflax.training.guard import Preempted
 from kdflax.training.metrics import Running, accumulate, means, resumed_running, saved_running, start_running, total
-from kdflax.training.run import MetricsLog, Preempted, differences
+from kdflax.training.run import MetricsLog, differences
 
 
 class Saving(NamedTuple):

@@ -7,27 +7,25 @@ import itertools
 import json
 import os
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kdflax.files import write_atomically
 
-PREEMPTED = 75  # exit code of a run that was told to stop and can continue: EX_TEMPFAIL of sysexits.h
-_CONFIG = "config.json"
+_CONFIG, _NEXT, _CHANGES = "config.json", "config-next.json", "changes.json"
 
 
 class RunDirectoryError(ValueError):
   """The directory cannot be used for this run; the message says why and what to do."""
 
 
-class Preempted(Exception):
-  """SIGTERM arrived and the state was saved."""
-
-
 class RunDirectory:
-  """Files of one run; a context manager that holds the lock."""
+  """Files of one run; a context manager that holds the lock.
+
+  `config.json` says with which settings the checkpoints were made. Settings that are accepted as a change replace it
+  when they have made a checkpoint, or the run ends well, and not before; `changes.json` then lists what changed, and
+  the newest step of every phase until which the settings before were in force.
+  """
 
   def __init__(self, path: str | pathlib.Path, config: Mapping[str, Any], *, accept_changes: bool = False):
     """Opens a new run, or an earlier one with the same configuration.
@@ -47,47 +45,101 @@ class RunDirectory:
       raise RunDirectoryError(f"{self.path} is a file; choose a directory for the run")
     if self.path.is_dir() and not (self.path / _CONFIG).is_file() and any(map(_is_foreign, self.path.iterdir())):
       raise RunDirectoryError(f"{self.path} holds other files and no {_CONFIG}; choose an empty or a new directory")
+    self._locks = contextlib.ExitStack()
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      self._lock = open(self.path / "lock", "w")  # noqa: SIM115 (held until the run ends)
-    except OSError as error:
-      raise RunDirectoryError(f"cannot write to {self.path}: {error.strerror}; choose another directory") from error
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      self._lock.close()
-      raise RunDirectoryError(f"another process is writing to {self.path}; wait for it or choose another") from error
-    try:
+      self._lock()
       for leftover in self.path.glob(f".{_CONFIG}.*"):
         leftover.unlink()
+      self._settle(clean=False)
       self._check_config(settings, accept_changes)
-      write_atomically(self.path / _CONFIG, json.dumps(settings, indent=2) + "\n")
     except BaseException:
-      self._lock.close()
+      self._locks.close()
       raise
 
-  def _check_config(self, config: dict[str, Any], accept_changes: bool) -> None:
-    path = self.path / _CONFIG
-    if not path.is_file() or accept_changes:
-      return
+  def _lock(self) -> None:
+    """Locks the file `lock`, and the directory as well: a file can be removed by hand while it is locked."""
     try:
-      before, now = _flat(json.loads(path.read_text())), _flat(config)
-    except ValueError as error:
-      raise RunDirectoryError(
-        f"{path} is damaged ({error}); restore it, or accept the change to write these settings in its place"
-      ) from error
-    differing = [f"{field}: {old!r} before, {new!r} now" for field, old, new in differences(before, now)]
-    if differing:
+      self.path.mkdir(parents=True, exist_ok=True)
+      file = self._locks.enter_context(open(self.path / "lock", "w"))  # noqa: SIM115 (in a stack)
+      directory = os.open(self.path, os.O_RDONLY)
+      self._locks.callback(os.close, directory)
+    except OSError as error:
+      raise RunDirectoryError(f"cannot write to {self.path}: {error.strerror}; choose another directory") from error
+    for handle in (file.fileno(), directory):
+      try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise RunDirectoryError(f"another process is writing to {self.path}; wait for it or choose another") from error
+      except OSError:  # a network file system that locks no directory
+        if handle != directory:
+          raise
+
+  def _check_config(self, config: dict[str, Any], accept_changes: bool) -> None:
+    """Writes the settings of a new run; compares those of an earlier one, and notes a change that is accepted."""
+    path = self.path / _CONFIG
+    try:
+      before = _read_settings(path) if path.is_file() else None
+    except (ValueError, RecursionError) as error:
+      if not accept_changes:
+        raise RunDirectoryError(
+          f"{path} is damaged ({error}); restore it, or accept the change to write these settings in its place"
+        ) from error
+      before = None
+    if before is None:
+      write_atomically(path, _as_text(config))
+      return
+    differing = differences(_flat(before), _flat(config))
+    if differing and not accept_changes:
       raise RunDirectoryError(
         f"{self.path} was written with other settings; use them, choose another directory, or accept the change:\n  "
-        + "\n  ".join(differing)
+        + "\n  ".join(f"{field}: {old!r} before, {new!r} now" for field, old, new in differing)
       )
+    if differing:
+      changed = {field: {"before": old, "now": new} for field, old, new in differing}
+      document = {"settings": config, "change": {"steps": self._newest_steps(), "changed": changed}}
+      write_atomically(self.path / _NEXT, _as_text(document))
+
+  def _settle(self, *, clean: bool) -> None:
+    """Makes an accepted change final if a checkpoint was made with it, or the run ended well; else forgets it.
+
+    A run that was killed is settled by the next one.
+    """
+    pending = self.path / _NEXT
+    if not pending.is_file():
+      return
+    try:
+      document = json.loads(pending.read_text())
+      settings, change = document["settings"], document["change"]
+      if clean or change["steps"] != self._newest_steps():
+        history = self.path / _CHANGES
+        earlier = json.loads(history.read_text()) if history.is_file() else []
+        if change not in earlier:  # a run may have been killed between these two writes
+          write_atomically(history, _as_text([*earlier, change]))
+        write_atomically(self.path / _CONFIG, _as_text(settings))
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+      raise RunDirectoryError(
+        f"{self.path} was being changed, and {_NEXT} or {_CHANGES} is damaged ({error}); delete both, and accept the"
+        " change again"
+      ) from error
+    pending.unlink()
+
+  def _newest_steps(self) -> dict[str, int]:
+    """The step of the newest checkpoint of every phase, by its folder."""
+    steps: dict[str, int] = {}
+    for file in self.path.rglob("_CHECKPOINT_METADATA"):
+      if file.parent.name.isdigit():
+        phase = file.parent.parent.relative_to(self.path).as_posix()
+        steps[phase] = max(steps.get(phase, 0), int(file.parent.name))
+    return dict(sorted(steps.items()))
 
   def __enter__(self) -> "RunDirectory":
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self._lock.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    try:
+      self._settle(clean=kind is None)
+    finally:
+      self._locks.close()
 
 
 class MetricsLog:
@@ -140,8 +192,8 @@ class MetricsLog:
     before = self._path.read_bytes() if self._path.exists() else b""
     lines = [line for line in before.splitlines(keepends=True) if line.endswith(b"\n")]
     try:
-      phases = [json.loads(line).get("phase", "") for line in lines]
-    except ValueError as error:
+      phases = [_phase_of(line) for line in lines]
+    except (ValueError, RecursionError) as error:
       raise ValueError(f"{self._path} is damaged ({error}); put it back, or delete it and the checkpoints") from error
     kept = [(line, phase) for line, phase in zip(lines, phases, strict=True) if wanted(phase)]
     content = b"".join(line for line, _ in kept)
@@ -161,26 +213,37 @@ class MetricsLog:
     self.close()
 
 
-@contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[threading.Event]:
-  """Turns SIGTERM into an event that a training loop looks at between steps."""
-  stop = threading.Event()
-  before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-  try:
-    yield stop
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
   """Returns (name, value before, value now) of what differs, by name; what is missing has the value "absent"."""
   names = sorted(before.keys() | now.keys())
-  return [(n, before.get(n, "absent"), now.get(n, "absent")) for n in names if before.get(n) != now.get(n)]
+  both = [(name, before.get(name, "absent"), now.get(name, "absent")) for name in names]
+  return [
+    (name, old, new) for name, old, new in both if old != new and json.dumps(old) != json.dumps(new)
+  ]  # NaN != NaN
 
 
 def _is_foreign(path: pathlib.Path) -> bool:
   """Whether a file is none of those that a run makes before its settings are written."""
   return path.name != "lock" and not path.name.startswith(f".{_CONFIG}.")
+
+
+def _read_settings(path: pathlib.Path) -> dict[str, Any]:
+  settings = json.loads(path.read_text())
+  if not isinstance(settings, dict):
+    raise ValueError(f"it holds a {type(settings).__name__} where settings by name are expected")
+  return settings
+
+
+def _phase_of(line: bytes) -> str:
+  """The phase of a row of the log."""
+  row = json.loads(line)
+  if not isinstance(row, dict) or not isinstance(row.get("phase", ""), str):
+    raise ValueError(f"{line[:50]!r} is no row of numbers by name, with its phase as text")
+  return row.get("phase", "")
+
+
+def _as_text(document: Any) -> str:
+  return json.dumps(document, indent=2) + "\n"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

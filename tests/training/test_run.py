@@ -189,6 +189,104 @@ def test_a_log_that_lost_rows_is_not_made_up(tmp_path):
     MetricsLog(path)
 
 
+def _checkpoint(directory, phase, step):
+  """What tells a run directory of a checkpoint."""
+  folder = directory / "checkpoints" / phase / str(step)
+  folder.mkdir(parents=True)
+  (folder / "_CHECKPOINT_METADATA").write_text("{}")
+
+
+def _change(directory, temperature, *, fail=False, checkpoint=None):
+  """A run that accepts a change; it may make a checkpoint, and may fail."""
+  with RunDirectory(directory, {"temperature": temperature}, accept_changes=True):
+    if checkpoint is not None:
+      _checkpoint(directory, "student", checkpoint)
+    if fail:
+      raise ArithmeticError
+
+
+def test_an_accepted_change_is_kept_when_it_has_led_to_something_and_says_from_which_step(tmp_path):
+  temperature = lambda: json.loads((tmp_path / "config.json").read_text())["temperature"]
+  history = lambda: json.loads((tmp_path / "changes.json").read_text())
+  change = lambda before, now: {"temperature": {"before": before, "now": now}}
+  with RunDirectory(tmp_path, {"temperature": 4}):
+    _checkpoint(tmp_path, "student", 100)
+    _checkpoint(tmp_path, "teacher", 50)
+  with pytest.raises(ArithmeticError):
+    _change(tmp_path, 2, fail=True)
+  assert temperature() == 4 and not (tmp_path / "changes.json").exists()  # it failed at once
+  with pytest.raises(ArithmeticError):
+    _change(tmp_path, 2, fail=True, checkpoint=200)
+  assert temperature() == 2
+  first = {"steps": {"checkpoints/student": 100, "checkpoints/teacher": 50}, "changed": change(4, 2)}
+  assert history() == [first]
+  _change(tmp_path, 1)
+  last = {"steps": {"checkpoints/student": 200, "checkpoints/teacher": 50}, "changed": change(2, 1)}
+  assert temperature() == 1 and history() == [first, last]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["changes.json", "checkpoints", "config.json", "lock"]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_killed_run_with_a_change_is_settled_by_the_next(tmp_path, saved):
+  with RunDirectory(tmp_path, {"temperature": 4}):
+    _checkpoint(tmp_path, "student", 100)
+  run = RunDirectory(tmp_path, {"temperature": 2}, accept_changes=True)
+  if saved:
+    _checkpoint(tmp_path, "student", 200)
+  run._locks.close()  # as the system does for a killed process
+  with RunDirectory(tmp_path, {"temperature": 2 if saved else 4}):
+    pass
+  with pytest.raises(RunDirectoryError, match="other settings"):
+    RunDirectory(tmp_path, {"temperature": 4 if saved else 2})
+  assert (tmp_path / "changes.json").exists() == saved
+
+
+@pytest.mark.parametrize("content", ["[1", "[" * 100_000, '{"settings": 1}', "[]"], ids=len)
+def test_a_change_that_cannot_be_read_is_named(tmp_path, content):
+  with RunDirectory(tmp_path, {}):
+    (tmp_path / "config-next.json").write_text(content)
+  (tmp_path / "config-next.json").write_text(content)
+  with pytest.raises(
+    RunDirectoryError, match=r"config-next\.json or changes\.json is damaged.*accept the change again"
+  ):
+    RunDirectory(tmp_path, {})
+
+
+def test_not_a_number_is_the_same_setting_as_before(tmp_path):
+  settings = {"clip": float("nan"), "list": [float("nan"), 1]}
+  for _ in range(2):
+    with RunDirectory(tmp_path, settings):
+      pass
+  with pytest.raises(RunDirectoryError, match=r"clip: nan before, 1\.0 now"):
+    RunDirectory(tmp_path, settings | {"clip": 1.0})
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1, 2]", "3"], ids=len)
+def test_settings_of_another_form_are_damaged(tmp_path, content):
+  with RunDirectory(tmp_path, CONFIG):
+    pass
+  (tmp_path / "config.json").write_text(content)
+  with pytest.raises(RunDirectoryError, match=r"config\.json is damaged"):
+    RunDirectory(tmp_path, CONFIG)
+
+
+def test_a_lock_file_that_is_removed_by_hand_lets_nobody_in(tmp_path):
+  with RunDirectory(tmp_path, {}):
+    (tmp_path / "lock").unlink()
+    with pytest.raises(RunDirectoryError, match="another process is writing"):
+      RunDirectory(tmp_path, {})
+  with RunDirectory(tmp_path, {}):
+    pass
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "3", '{"phase": ["a"]}', "[" * 100_000, "\udcff"], ids=len)
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"phase": "a", "step": 1}\n' + line.encode("utf-8", "surrogateescape") + b"\n")
+  with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+    MetricsLog(path)
+
+
 def test_sigterm_sets_the_event_and_the_handler_comes_back():
   before = signal.getsignal(signal.SIGTERM)
   with stop_on_sigterm() as stop:
