@@ -5,8 +5,10 @@ in the features leaves float32 before they do, the docstring of the loss says fr
 """
 
 from kdflax.losses.attention_maps import attention_transfer, class_attention_transfer, factor_transfer
+from kdflax.losses.channels import channel_correlation, channel_wise
 from kdflax.losses.contrastive import CRDMemory, crd, crd_memory, info_nce
 from kdflax.losses.divergences import (
+  alpha_beta,
   forward_kl,
   jensen_shannon,
   reverse_kl,
@@ -19,27 +21,46 @@ from kdflax.losses.features import (
   cosine,
   hierarchical_context,
   hint,
+  log_distance,
+  log_sigmoid_cosine,
   ofd,
   ofd_margin,
+  smooth_l1,
   vid,
 )
 from kdflax.losses.gram_features import fsp, inter_channel_correlation, kdsvd, nst
 from kdflax.losses.logit_relations import batch_correlation, class_correlation, dist
-from kdflax.losses.logits import dkd, hard_targets, kl_soft_targets, nkd, standardize_logits, standardized
-from kdflax.losses.relations import correlation_congruence, pkt, rkd_angle, rkd_distance, similarity_preserving
+from kdflax.losses.logits import bernoulli_kl, hard_targets, kl_soft_targets, standardize_logits, standardized, wttm
+from kdflax.losses.ranking import margin_mse
+from kdflax.losses.relations import (
+  correlation_congruence,
+  direction,
+  pkt,
+  rkd_angle,
+  rkd_distance,
+  similarity_preserving,
+)
+from kdflax.losses.similarity import prototype_similarity, similarity_distribution, token_similarity
+from kdflax.losses.targets import dkd, nkd, ofa, rld
+from kdflax.losses.transport import wkd_features, wkd_logits
 from kdflax.numerics.examples import masked_mean, masked_sum
 
 __all__ = [
   "CRDMemory",
   "activation_boundary",
+  "alpha_beta",
   "attention_transfer",
   "batch_correlation",
+  "bernoulli_kl",
+  "channel_correlation",
+  "channel_wise",
   "class_attention_transfer",
   "class_correlation",
   "correlation_congruence",
   "cosine",
   "crd",
   "crd_memory",
+  "direction",
   "dist",
   "dkd",
   "factor_transfer",
@@ -53,21 +74,33 @@ __all__ = [
   "jensen_shannon",
   "kdsvd",
   "kl_soft_targets",
+  "log_distance",
+  "log_sigmoid_cosine",
+  "margin_mse",
   "masked_mean",
   "masked_sum",
   "nkd",
   "nst",
+  "ofa",
   "ofd",
   "ofd_margin",
   "pkt",
+  "prototype_similarity",
   "reverse_kl",
   "reverse_skew_kl",
   "rkd_angle",
   "rkd_distance",
+  "rld",
+  "similarity_distribution",
   "similarity_preserving",
   "skew_kl",
+  "smooth_l1",
   "standardize_logits",
   "standardized",
+  "token_similarity",
   "total_variation",
   "vid",
+  "wkd_features",
+  "wkd_logits",
+  "wttm",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
+from kdflax.numerics.divided_differences import exp_divided_difference
 from kdflax.numerics.examples import check_range, mask
 from kdflax.numerics.log_probabilities import (
   along,
@@ -292,3 +293,67 @@ def _jensen_shannon_jvp(primals, tangents):
 
 
 _jensen_shannon.defjvp(_jensen_shannon_jvp, symbolic_zeros=True)
+
+
+def alpha_beta(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  alpha: float | jax.Array,
+  beta: float | jax.Array,
+  temperature: float | jax.Array = 1.0,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Divergence that weighs errors by both probabilities, each in a power of its own.
+
+  Between the two directions of KL and beyond them: alpha weighs the classes where the teacher is likely, beta those
+  where the student is. At (1, 0) it is `forward_kl`, at (0, 1) `reverse_kl`; the formula has limits where alpha, beta
+  or their sum is 0, and these are taken. Never negative, and 0 where the distributions are equal.
+
+    -sum_c (p_c^a q_c^b - a/(a+b) p_c^(a+b) - b/(a+b) q_c^(a+b)) / (a b)
+
+  Args:
+    student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
+    teacher_logits: `[..., classes]`.
+    alpha: a, the power of the teacher's probabilities, of any sign, may be traced; broadcasts against `[...]`.
+    beta: b, the power of the student's probabilities, likewise.
+    temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
+    where: bool `[...]`, which examples count.
+
+  Returns:
+    `[...]` in float32 or wider, 0 for masked examples. Where a + b is not positive, or a power is negative, it may be
+    too large for that: probabilities close to 0 are divided by.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0]])
+    >>> print(alpha_beta(student, teacher, alpha=0.5, beta=0.5).round(4))
+    [0.0472]
+
+  Reference: Wang, Yang, Wang, Wang, Xu and Huang, "ABKD: Pursuing a Proper Allocation of the Probability Mass in
+  Knowledge Distillation via alpha-beta-Divergence", 2025, arXiv 2505.04560. In the limits the authors' code has alpha
+  or beta times this. Here every term is `(log q - log p)^2 exp[(a+b) log p, a log p + b log q, (a+b) log q]`, a divided
+  difference of the exponential, which is the same number and has all the limits.
+  """
+  log_q, log_p, alpha, beta = _log_probabilities(
+    student_logits, teacher_logits, where, temperature=temperature, alpha=alpha, beta=beta
+  )
+  a, b = jnp.broadcast_to(alpha[..., None], log_p.shape), jnp.broadcast_to(beta[..., None], log_p.shape)
+  never_p, never_q = log_p == -jnp.inf, log_q == -jnp.inf
+  possible = ~(never_p | never_q)
+  x, y = jnp.where(possible, log_p, 0), jnp.where(possible, log_q, 0)
+  terms = jnp.square(y - x) * exp_divided_difference((a + b) * x, a * x + b * y, (a + b) * y)
+  # Of a class that one side rules out a single power is left, if the exponents let the others vanish.
+  terms = jnp.where(never_p & ~never_q, _alone(log_q, b, a), terms)
+  terms = jnp.where(never_q & ~never_p, _alone(log_p, a, b), terms)
+  return mask(jnp.where(never_p & never_q, 0, terms).sum(axis=-1), where)
+
+
+def _alone(log_x: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
+  """What a class adds to `alpha_beta` that the other side rules out, with the exponents of its own and of the other."""
+  finite = (other > 0) & (own + other > 0)
+  divisor = jnp.where(finite, other * (own + other), 1)
+  return jnp.where(finite, jnp.exp((own + other) * jnp.where(log_x == -jnp.inf, 0, log_x)) / divisor, jnp.inf)

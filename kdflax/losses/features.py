@@ -11,12 +11,16 @@ from kdflax.numerics.examples import (
   as_examples,
   as_features,
   check_broadcasts,
+  check_range,
   check_same,
   example_means,
   example_sums,
+  examples_of,
+  hyper_parameters,
+  mask,
 )
 from kdflax.numerics.pooling import masked_average_pool
-from kdflax.numerics.safe import l2_normalize
+from kdflax.numerics.safe import huber, l2_normalize, safe_divide
 
 
 def hint(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -68,13 +72,122 @@ def cosine(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = 
   argues for matching directions rather than lengths, by other means; the cosine is the form in common use. Taken from
   the distance of the normalised vectors, so nearly parallel features keep their digits.
   """
-  student, teacher = _same_shape(where, student=student, teacher=teacher)
-  if student.ndim < 2:
-    raise ValueError(f"student and teacher must be [batch, ..., width]; got shape {student.shape}")
-  student, teacher = l2_normalize(student), l2_normalize(teacher)
+  student, teacher = _directions(where, student=student, teacher=teacher)
   both_have_a_direction = student.any(axis=-1) & teacher.any(axis=-1)
   distance = jnp.where(both_have_a_direction, jnp.square(student - teacher).sum(axis=-1) / 2, 1)
   return example_means(distance, where)
+
+
+def smooth_l1(
+  student: jax.Array, teacher: jax.Array, *, beta: float | jax.Array = 1.0, where: jax.Array | None = None
+) -> jax.Array:
+  """Mean absolute difference of two features of one shape, squared where it is small.
+
+  Matches activations one by one, as `hint` does, but a large error weighs only by its size: outliers of the teacher do
+  not rule the gradient. Close to `hint / (2 beta)` where all errors are small.
+
+    mean_k l(s_k - t_k),   l(d) = d^2 / (2 beta) where |d| < beta,   |d| - beta / 2 elsewhere
+
+  Args:
+    student: `[batch, ...]`.
+    teacher: `[batch, ...]`, the same shape.
+    beta: where the square ends, above 0, in units of the features, may be traced.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, `where` does not fit, or `beta` is not a number above 0.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> print(smooth_l1(jnp.array([[0.5, 3.0]]), jnp.zeros((1, 2))))
+    [1.3125]
+
+  Reference: Girshick, "Fast R-CNN", 2015, arXiv 1504.08083. Theia, UNIC and DUNE add it to `cosine`; the Huber loss is
+  beta times this.
+  """
+  check_range("beta", beta, "above 0", lambda value: value > 0)
+  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  (beta,) = hyper_parameters((), None, student.dtype, beta=beta)
+  return example_means(huber(student - teacher, beta) / beta, where)
+
+
+def log_distance(
+  student: jax.Array, teacher: jax.Array, *, power: float | jax.Array, where: jax.Array | None = None
+) -> jax.Array:
+  """Logarithm of the summed power of the difference.
+
+  Matches activations one by one; the logarithm makes the gradient grow as the features meet, so that an example that is
+  nearly matched counts as much as one that is far. Not bounded below: where the features are equal it is the logarithm
+  of the smallest number of the dtype, without gradient.
+
+    log sum_k |s_k - t_k|^power
+
+  Args:
+    student: `[batch, ...]`, through a connector where widths differ.
+    teacher: `[batch, ...]`, the same shape.
+    power: at least 1, may be traced.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, `where` does not fit, or `power` is not a number of at
+      least 1.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> print(log_distance(jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2)), power=2.0).round(4))
+    [1.6094]
+
+  Reference: Miles and Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation", 2024, arXiv
+  2303.11098. torchdistill takes the logarithm of the sum over the whole batch.
+  """
+  check_range("power", power, "at least 1", lambda value: value >= 1)
+  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  (power,) = hyper_parameters((), None, student.dtype, power=power)
+  distance = jnp.abs(student - teacher)
+  # In units of the largest, whose power is in range whatever the features are; its own derivative cancels.
+  largest = jax.lax.stop_gradient(distance.max(axis=tuple(range(1, distance.ndim)), keepdims=True))
+  apart = ~(largest.reshape(-1) <= 0)
+  total = example_sums(safe_divide(distance, largest) ** power, None)
+  values = power * jnp.log(jnp.where(apart, largest.reshape(-1), 1)) + jnp.log(jnp.where(apart, total, 1))
+  same = math.log(jnp.finfo(student.dtype).tiny)
+  return mask(jnp.where(apart, values, same), examples_of(where))
+
+
+def log_sigmoid_cosine(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+  """Logistic loss of the cosine between two features.
+
+  Matches directions along the last axis, as `cosine` does, with a gradient that is larger where they are opposed. From
+  0.313 for parallel vectors to 1.313 for opposed ones. A zero vector has cosine 0 with everything and gets no gradient.
+
+    mean_n -log sigmoid(<s_n, t_n> / (||s_n|| ||t_n||)),   n over the axes between the batch and the last
+
+  Args:
+    student: `[batch, ..., width]`.
+    teacher: `[batch, ..., width]`, the same shape.
+    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ or have one axis, an input is not floating, or `where` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> print(log_sigmoid_cosine(jnp.array([[2.0, 0.0]]), jnp.array([[1.0, 0.0]])).round(4))
+    [0.3133]
+
+  Reference: Chang, Yang and Lee, "DistilHuBERT: Speech Representation Learning by Layer-wise Distillation of
+  Hidden-unit BERT", 2022, arXiv 2110.01900, which adds it to the mean absolute difference.
+  """
+  student, teacher = _directions(where, student=student, teacher=teacher)
+  return example_means(-jax.nn.log_sigmoid((student * teacher).sum(axis=-1)), where)
 
 
 def hierarchical_context(
@@ -255,6 +368,14 @@ def ofd_margin(bn_scale: jax.Array, bn_bias: jax.Array) -> jax.Array:
 def _same_shape(where: jax.Array | None, **features: jax.Array) -> list[jax.Array]:
   check_same("shape (or a connector between them)", **{name: jnp.shape(array) for name, array in features.items()})
   return as_features(where, **features)
+
+
+def _directions(where: jax.Array | None, **features: jax.Array) -> list[jax.Array]:
+  """Features of one shape over their lengths along the last axis."""
+  checked = _same_shape(where, **features)
+  if checked[0].ndim < 2:
+    raise ValueError(f"{' and '.join(features)} must be [batch, ..., width]; got shape {checked[0].shape}")
+  return [l2_normalize(x) for x in checked]
 
 
 def _like(teacher: jax.Array, **parameters: jax.Array | float) -> jax.Array:

@@ -1,17 +1,16 @@
 """Losses on logits that compare examples with each other: DIST, and the two correlations of MLKD."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from kdflax.numerics.correlations import correlation_distance
 from kdflax.numerics.examples import AxisName, all_max, all_rows, all_sum, mask, masked_sum
 from kdflax.numerics.log_probabilities import log_softmax, logit_pair, soften, softmax
 from kdflax.numerics.products import gram_difference, gram_difference_half_tangent, inner_products
 from kdflax.numerics.safe import safe_divide
 
-Reduction = Callable[[jax.Array], jax.Array]
 _matmul = functools.partial(jnp.matmul, precision="highest")
 
 
@@ -60,13 +59,13 @@ def dist(
   )
   count = _count(student, where, axis_name)
   along_classes = lambda x: x.sum(axis=-1, keepdims=True)
-  within_example = _correlation_distance(q * of_q, p * of_p, q.shape[-1], along_classes, lambda x: x)
+  within_example = correlation_distance(q * of_q, p * of_p, q.shape[-1], along_classes, lambda x: x)
   # Down the rows by matrix products: XLA's sum along that axis takes twenty times as long on a CPU, also as the
   # derivative of a broadcast.
   counted = jnp.ones(len(q), q.dtype) if where is None else jnp.asarray(where, q.dtype).reshape(-1)
   down = lambda x: all_sum(_matmul(counted, x), axis_name)
   spread = lambda x: jnp.tensordot(jnp.ones(len(q), q.dtype), x, axes=0, precision="highest")
-  within_class = _correlation_distance(q, p, count, down, spread)
+  within_class = correlation_distance(q, p, count, down, spread)
   within_example, within_class = (
     each.sum(axis=-1).reshape(jnp.shape(student_logits)[:-1])
     for each in (within_example, count / q.shape[-1] * within_class)
@@ -217,33 +216,3 @@ def _probabilities(
 def _count(values: jax.Array, where: jax.Array | None, axis_name: AxisName) -> jax.Array:
   """How many examples of `values [..., classes]` count on all devices, at least 1."""
   return jnp.maximum(masked_sum(values[..., 0], where, axis_name)[1], 1)
-
-
-def _correlation_distance(
-  x: jax.Array, y: jax.Array, count: int | jax.Array, total: Reduction, spread: Reduction
-) -> jax.Array:
-  """Terms whose sum along the vectors is `1 - rho(x, y)`, none of them negative.
-
-  Args:
-    x: an array of vectors.
-    y: the shape of `x`.
-    count: length of a vector.
-    total: adds up each vector.
-    spread: brings the result of `total` to a shape that broadcasts with `x`.
-  """
-  (x, x_varies), (y, y_varies) = (_standard_score(each, count, total, spread) for each in (x, y))
-  # Two unit vectors: 1 - x . y = |x - y|^2 / 2. Next to a constant, whose score is 0, the distance is 1.
-  return jnp.square(x - y) * spread(jnp.where(x_varies & y_varies, 0.5, 1).astype(x.dtype))
-
-
-def _standard_score(
-  x: jax.Array, count: int | jax.Array, total: Reduction, spread: Reduction
-) -> tuple[jax.Array, jax.Array]:
-  """(x - mean) / ||x - mean|| and whether x varies; 0 where it does not."""
-  mean = total(x) / count
-  centred = x - spread(mean)
-  # The mean is rounded: what is left of it makes equal entries equal to 0. That changes nothing to differentiate.
-  left = jax.lax.stop_gradient(total(centred) / count)
-  square, tolerance = total(jnp.square(centred)) - count * left**2, 4 * jnp.finfo(x.dtype).eps
-  varies = square > tolerance**2 * jax.lax.stop_gradient(square + count * mean**2)
-  return (centred - spread(left)) * spread(jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, square, 1)), 0)), varies

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kdflax.numerics.examples import check_same, mask
-from kdflax.numerics.log_probabilities import less, log_softmax, log_sum_exp, logit_pair, relative_entropy, soften
+from kdflax.numerics.examples import check_range, mask
+from kdflax.numerics.log_probabilities import log_softmax, log_sum_exp, logit_pair, relative_entropy, soften
 from kdflax.numerics.safe import safe_sqrt
 
 
@@ -79,133 +79,95 @@ def hard_targets(student_logits: jax.Array, teacher_logits: jax.Array, *, where:
   return mask(values[..., 0], where)
 
 
-def dkd(
+def bernoulli_kl(
   student_logits: jax.Array,
   teacher_logits: jax.Array,
-  labels: jax.Array,
-  *,
-  temperature: float | jax.Array = 4.0,
-  alpha: float | jax.Array = 1.0,
-  beta: float | jax.Array = 8.0,
-  where: jax.Array | None = None,
-) -> jax.Array:
-  """Decoupled distillation: the target class against the rest, and the rest among themselves.
-
-  Matches the teacher's confidence in the true class (weight alpha) and, independently of it, how the teacher ranks the
-  other classes (weight beta). With beta equal to the teacher's probability of the other classes and alpha = 1 it is
-  `kl_soft_targets`. With two classes the second part is 0.
-
-    T^2 (alpha KL(b_p || b_q) + beta KL(p^ || q^)),   b = (p_y, 1 - p_y),   p^_j = p_j / (1 - p_y) for j != y
-
-  Args:
-    student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
-    teacher_logits: `[..., classes]`.
-    labels: integer `[...]`, the true class y of each example. A label outside `0 .. classes - 1` cannot be refused
-      once traced; where it counts the value is NaN.
-    temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
-    alpha: weight of the target part, may be traced.
-    beta: weight of the other classes' part, may be traced.
-    where: bool `[...]`, which examples count.
-
-  Returns:
-    `[...]` in float32 or wider, 0 for masked examples.
-
-  Raises:
-    ValueError: if the shapes differ, an input has the wrong kind of dtype, or `where` does not fit.
-
-  Reference: Zhao et al., "Decoupled Knowledge Distillation", 2022, arXiv 2203.08679. The authors' code takes the
-  logarithm of summed probabilities, which is NaN for large logits, and hides the target with a logit of -1000; this
-  stays in log-space.
-  """
-  student, teacher, temperature, alpha, beta = logit_pair(
-    student_logits, teacher_logits, where, temperature=temperature, alpha=alpha, beta=beta
-  )
-  is_target = _is_target(labels, student, where)
-  p, q = (_decouple(soften(logits, temperature), is_target) for logits in (teacher, student))
-  target = relative_entropy(p[0], q[0])
-  others = relative_entropy(p[1], q[1])
-  values = temperature**2 * (alpha * target + beta * others)
-  return mask(jnp.where(is_target.any(axis=-1), values, jnp.nan), where)
-
-
-def nkd(
-  student_logits: jax.Array,
-  teacher_logits: jax.Array,
-  labels: jax.Array,
   *,
   temperature: float | jax.Array = 1.0,
-  gamma: float | jax.Array = 1.5,
   where: jax.Array | None = None,
 ) -> jax.Array:
-  """Normalised distillation: a soft target-class loss and a cross-entropy over the other classes.
+  """Divergence from the teacher's to the student's probabilities of labels that do not exclude each other.
 
-  Matches how the teacher ranks the other classes, and pushes the target class by the teacher's confidence in it. Both
-  parts are cross-entropies, so the minimum is not 0. With two classes the second part is 0.
+  Matches each label for itself, as a sigmoid does: for multi-label classification, or one logit for one yes or no. 0
+  only where all the probabilities are equal.
 
-    -p_y log q_y - gamma T^2 sum_{j != y} p^_j log q^_j
+    sum_c KL(Bernoulli(p_c) || Bernoulli(q_c)),   p = sigmoid(teacher / T), q = sigmoid(student / T)
 
-  p_y and q_y are softmax probabilities at temperature 1; p^ and q^ are softmax probabilities at temperature T over the
-  other classes alone.
+  Args:
+    student_logits: `[..., labels]`; a label at -inf is impossible, and adds nothing if it is so for the teacher too.
+    teacher_logits: `[..., labels]`.
+    temperature: T > 0, dimensionless, may be traced; broadcasts against `[...]`.
+    where: bool `[...]`, which examples count.
+
+  Returns:
+    `[...]` in float32 or wider, a sum over the labels without T^2; 0 for masked examples.
+
+  Raises:
+    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[0.0, 2.0]]), jnp.array([[1.0, 2.0]])
+    >>> print(bernoulli_kl(student, teacher).round(4))
+    [0.1109]
+
+  Reference: Yang, Xie, Zong, Feng, Niu, Sugiyama and Huang, "Multi-Label Knowledge Distillation", 2023, arXiv
+  2308.06453, its logits term, which halves nothing and takes no temperature.
+  """
+  student, teacher, temperature = logit_pair(
+    student_logits, teacher_logits, where, fewest_classes=1, temperature=temperature
+  )
+
+  def log_probabilities(logits: jax.Array) -> jax.Array:
+    """Of yes, then of no: pairs that sum to 1, so that `relative_entropy` holds for their sum."""
+    logits = soften(logits, temperature)
+    return jnp.concatenate([jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)], axis=-1)
+
+  return mask(relative_entropy(log_probabilities(teacher), log_probabilities(student)), where)
+
+
+def wttm(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  gamma: float | jax.Array,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Divergence of the student at temperature 1 from the teacher's sharpened or flattened probabilities, weighted.
+
+  Matches a power of the teacher's probabilities, as a temperature of 1 / gamma on the teacher alone does; examples
+  whose power is far from peaked weigh more. At gamma = 1 it is `forward_kl`; otherwise 0 where the student is the
+  transformed teacher.
+
+    S KL(p^gamma / S || q),   S = sum_c p_c^gamma,   p = softmax(teacher), q = softmax(student)
 
   Args:
     student_logits: `[..., classes]`; -inf masks a class if the teacher masks it too.
     teacher_logits: `[..., classes]`.
-    labels: integer `[...]`, the true class y of each example. A label outside `0 .. classes - 1` cannot be refused
-      once traced; where it counts the value is NaN.
-    temperature: T > 0 of the other classes' part, dimensionless, may be traced; broadcasts against `[...]`.
-    gamma: weight of the other classes' part, may be traced.
+    gamma: above 0, the power, usually below 1; may be traced; broadcasts against `[...]`.
     where: bool `[...]`, which examples count.
 
   Returns:
     `[...]` in float32 or wider, 0 for masked examples.
 
   Raises:
-    ValueError: if the shapes differ, an input has the wrong kind of dtype, or `where` does not fit.
+    ValueError: if the shapes differ, an input is not floating, `where` does not fit, or `gamma` is known not to be
+      above 0.
 
-  Reference: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
-  Normalized Loss and Customized Soft Labels", 2023, arXiv 2303.13005. As in the authors' code the target part takes no
-  temperature. Nothing is detached here; stop the teacher where the loss is used.
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0]])
+    >>> print(wttm(student, teacher, gamma=0.5).abs().max() < 1e-6)
+    True
+
+  Reference: Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", 2024, arXiv 2402.11148.
   """
-  student, teacher, temperature, gamma = logit_pair(
-    student_logits, teacher_logits, where, temperature=temperature, gamma=gamma
-  )
-  is_target = _is_target(labels, student, where)
-  (log_p, _), (log_q, _) = (_decouple(logits, is_target) for logits in (teacher, student))
-  (_, log_p_others), (_, log_q_others) = (
-    _decouple(soften(logits, temperature), is_target) for logits in (teacher, student)
-  )
-  target = _cross_entropy(log_p[..., :1], log_q[..., :1])
-  others = _cross_entropy(log_p_others, log_q_others)
-  values = target + gamma * temperature**2 * others
-  return mask(jnp.where(is_target.any(axis=-1), values, jnp.nan), where)
-
-
-def _is_target(labels: jax.Array, logits: jax.Array, where: jax.Array | None) -> jax.Array:
-  """bool `[..., classes]`: which class is the label; masked examples have label 0."""
-  labels = jnp.asarray(labels)
-  if not jnp.issubdtype(labels.dtype, jnp.integer):
-    raise ValueError(f"labels must be integers; got {labels.dtype}{list(labels.shape)}. Take the argmax of one-hots.")
-  check_same("leading (example) axes", student_logits=logits.shape[:-1], labels=labels.shape)
-  return mask(labels, where)[..., None] == jnp.arange(logits.shape[-1])
-
-
-def _decouple(logits: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Log-probabilities `[..., 2]` of (target, any other), and `[..., classes]` of the others among themselves."""
-  own = jnp.sum(jnp.where(is_target, logits, 0), axis=-1, keepdims=True)
-  hidden = is_target | (logits == -jnp.inf)
-  # Without any other class the sum below is 0, whose logarithm has no derivative: it is taken of zeros instead.
-  alone = hidden.all(axis=-1, keepdims=True)
-  largest, log_sum = log_sum_exp(jnp.where(alone, 0, jnp.where(hidden, -jnp.inf, logits)))
-  given_other = jnp.where(hidden, -jnp.inf, less(jnp.where(hidden, 0, logits), largest, log_sum))
-  margin = jnp.where(alone, jnp.inf, own - largest - log_sum)
-  return jnp.concatenate([jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)], axis=-1), given_other
-
-
-def _cross_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-  """`-sum_c p_c log q_c`: a class with log p = -inf adds nothing, any other with log q = -inf makes it inf."""
-  missed = log_q == -jnp.inf
-  terms = jnp.where(missed, jnp.inf, -jnp.exp(log_p) * jnp.where(missed, 0, log_q))  # also where p has underflown
-  return jnp.sum(jnp.where(log_p == -jnp.inf, 0, terms), axis=-1)
+  check_range("gamma", gamma, "above 0", lambda power: power > 0, where)
+  student, teacher, gamma = logit_pair(student_logits, teacher_logits, where, gamma=gamma)
+  powers = soften(log_softmax(teacher, jnp.ones_like(gamma)), 1 / gamma)
+  largest, log_sum = log_sum_exp(powers)
+  divergence = relative_entropy(log_softmax(powers, jnp.ones_like(gamma)), log_softmax(student, jnp.ones_like(gamma)))
+  return mask(jnp.exp(largest + log_sum)[..., 0] * divergence, where)
 
 
 def standardize_logits(logits: jax.Array, *, axis: int = -1, epsilon: float | jax.Array = 1e-7) -> jax.Array:

@@ -5,70 +5,17 @@ devices' examples; the anchors stay local. Trailing axes are flattened, so width
 """
 
 import functools
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from kdflax.losses.pairs import Pairs, Side, compare
 from kdflax.numerics.angles import Sides, angle_sums
 from kdflax.numerics.distances import anywhere, squared_distances, sums_of_squared_differences
-from kdflax.numerics.examples import (
-  AxisName,
-  all_rows,
-  all_sum,
-  as_examples,
-  flatten,
-  hyper_parameters,
-  mask,
-  positions,
-)
+from kdflax.numerics.examples import AxisName, all_sum, check_range, hyper_parameters, mask
 from kdflax.numerics.products import inner_products
-from kdflax.numerics.safe import l2_normalize, log1p_remainder, safe_divide, safe_sqrt
-
-
-class _Rows(NamedTuple):
-  """Features of the local anchors and of the whole batch."""
-
-  local: jax.Array  # [b, width]
-  everyone: jax.Array  # [B, width]: the same array where the whole batch is local
-
-  def map(self, function: Callable[[jax.Array], jax.Array]) -> "_Rows":
-    """Applies a function to the features, once where both are the same."""
-    local = function(self.local)
-    return _Rows(local, local if self.everyone is self.local else function(self.everyone))
-
-  def products(self) -> jax.Array:
-    """Inner products `[b, B]` of the anchors with the batch."""
-    return inner_products(self.local, self.everyone)
-
-
-class _Pairs(NamedTuple):
-  """Which of the pairs (local anchor, example of the batch) exist."""
-
-  anchors: jax.Array  # int [b]: positions of the local anchors in the whole batch
-  present: jax.Array  # bool [B]: not masked
-  valid: jax.Array  # bool [b, B]: neither is masked
-  distinct: jax.Array  # bool [b, B]: valid, and not the same example
-  counted: jax.Array  # scalar: examples of the whole batch that count
-
-  def mean_over_batch(self, values: jax.Array) -> jax.Array:
-    """`[b, B] -> [b]`: mean over the examples that count; 0 for a masked anchor."""
-    return jnp.where(self.valid, values, 0).sum(axis=-1) / jnp.maximum(self.counted, 1)
-
-
-def _batch(
-  student: jax.Array, teacher: jax.Array, where: jax.Array | None, axis_name: AxisName
-) -> tuple[_Rows, _Rows, _Pairs]:
-  student, teacher = (flatten(x) for x in as_examples(where, lead=1, student=student, teacher=teacher))
-  local = jnp.ones(student.shape[:1], bool) if where is None else jnp.asarray(where)
-  everyone = all_rows(local, axis_name)
-  anchors = positions(local.size, axis_name)
-  valid = local[:, None] & everyone
-  distinct = valid & (anchors[:, None] != jnp.arange(everyone.size))
-  pairs = _Pairs(anchors, everyone, valid, distinct, everyone.sum().astype(student.dtype))
-  return _Rows(student, all_rows(student, axis_name)), _Rows(teacher, all_rows(teacher, axis_name)), pairs
+from kdflax.numerics.safe import huber, l2_normalize, log1p_remainder, safe_divide, safe_sqrt
 
 
 def similarity_preserving(
@@ -96,9 +43,9 @@ def similarity_preserving(
   Reference: Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019, arXiv 1907.09682. Rows are
   normalised by L2 as in the paper and its authors' code; torchdistill normalises by L1.
   """
-  student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
-  similarity = lambda rows: l2_normalize(rows.products())
-  return pairs.mean_over_batch(jnp.square(similarity(student_rows) - similarity(teacher_rows)))
+  of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
+  similarity = lambda side: l2_normalize(side.products())
+  return pairs.mean_over_batch(jnp.square(similarity(of_student) - similarity(of_teacher)))
 
 
 def pkt(
@@ -134,14 +81,14 @@ def pkt(
   Reference: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", 2018,
   arXiv 1803.10837. The authors' code adds epsilon to the norms too, and has NaN gradients at a zero row.
   """
-  student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
-  (epsilon,) = hyper_parameters((), None, student_rows.local.dtype, epsilon=epsilon)
+  of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
+  (epsilon,) = hyper_parameters((), None, of_student.local.dtype, epsilon=epsilon)
 
-  def similarities(rows: _Rows) -> tuple[jax.Array, jax.Array]:
+  def similarities(side: Side) -> tuple[jax.Array, jax.Array]:
     """k, and `1 - k` from distances of unit vectors: a common offset, which takes all k close to 1, costs no digits."""
-    nonzero = rows.map(lambda features: features.any(axis=-1))
+    nonzero = side.map(lambda features: features.any(axis=-1))
     known = pairs.valid & nonzero.local[:, None] & nonzero.everyone
-    units = rows.map(l2_normalize)
+    units = side.map(l2_normalize)
     apart = _squared_distances(units, pairs, axis_name) / 4
     opposed = known & (apart > 1 - 1 / 256)  # where k is the quarter of the squared length of a sum of unit vectors
     of_sums = lambda: sums_of_squared_differences(units.local, -units.everyone, apart) / 4
@@ -149,14 +96,14 @@ def pkt(
     unknown = jnp.where(pairs.valid, 0.5, 0)
     return jnp.where(known, alike, unknown), jnp.where(known, apart, unknown)
 
-  (student_k, student_rest), (teacher_k, teacher_rest) = similarities(student_rows), similarities(teacher_rows)
-  of_student, of_teacher = (
+  (student_k, student_rest), (teacher_k, teacher_rest) = similarities(of_student), similarities(of_teacher)
+  student_total, teacher_total = (
     jnp.maximum(pairs.counted, 1) - rest.sum(axis=-1, keepdims=True) for rest in (student_rest, teacher_rest)
   )
-  p = teacher_k / of_teacher
+  p = teacher_k / teacher_total
   # Of k and 1 - k the smaller has the digits of the difference.
   further = jnp.where((student_k < 0.5) & (teacher_k < 0.5), teacher_k - student_k, student_rest - teacher_rest)
-  gained = (p * further.sum(axis=-1, keepdims=True) - further) / of_student  # q - p, of which both are nearly equal
+  gained = (p * further.sum(axis=-1, keepdims=True) - further) / student_total  # q - p, of which both are nearly equal
   # With w = (q + e) / (p + e) - 1 the logarithm is -log(1 + w), and p (w - log(1 + w)) - p w = p (w - log(1 + w)) + e w
   # + (p - q). As sum_j (p - q) = 0, the sum keeps its digits without that term, which is larger than the result where
   # student and teacher are close.
@@ -205,12 +152,12 @@ def correlation_congruence(
     raise ValueError(f'kernel must be "gaussian" or "bilinear"; got {kernel!r}')
   if not isinstance(order, int) or order < 0:
     raise ValueError(f"order must be a whole number, at least 0; got {order!r}")
-  student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
+  of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
 
-  (gamma,) = hyper_parameters((), None, student_rows.local.dtype, gamma=gamma)
+  (gamma,) = hyper_parameters((), None, of_student.local.dtype, gamma=gamma)
 
-  def correlations(rows: _Rows) -> jax.Array:
-    products = rows.products()
+  def correlations(side: Side) -> jax.Array:
+    products = side.products()
     if kernel == "bilinear":
       return products
     series = jnp.zeros_like(products)
@@ -218,7 +165,7 @@ def correlation_congruence(
       series = 2 * gamma / r * products * (1 + series)
     return jnp.exp(-2 * gamma) * series
 
-  return pairs.mean_over_batch(jnp.square(correlations(student_rows) - correlations(teacher_rows)))
+  return pairs.mean_over_batch(jnp.square(correlations(of_student) - correlations(of_teacher)))
 
 
 def rkd_distance(
@@ -247,25 +194,25 @@ def rkd_distance(
   code, the gradient flows through the student's mean distance. Equal rows count in that mean at distance 0, where
   some implementations drop them.
   """
-  student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
+  of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
 
-  def relative(rows: _Rows) -> jax.Array:
-    distance = safe_sqrt(_squared_distances(rows, pairs, axis_name))
+  def relative(side: Side) -> jax.Array:
+    distance = safe_sqrt(_squared_distances(side, pairs, axis_name))
     mean = all_sum(distance.sum(), axis_name) / jnp.maximum(pairs.counted * (pairs.counted - 1), 1)
     return safe_divide(distance, mean)
 
-  return pairs.mean_over_batch(optax.huber_loss(relative(student_rows), relative(teacher_rows)))
+  return pairs.mean_over_batch(huber(relative(of_student) - relative(of_teacher)))
 
 
-def _squared_distances(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> jax.Array:
+def _squared_distances(side: Side, pairs: Pairs, axis_name: AxisName) -> jax.Array:
   """Squared Euclidean distances `[b, B]` of the anchors to the batch, 0 where the two are not distinct."""
-  squared, _ = squared_distances(*rows, _mean(rows, pairs, axis_name), pairs.distinct)
+  squared, _ = squared_distances(*side, _mean(side, pairs, axis_name), pairs.distinct)
   return squared
 
 
-def _mean(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> jax.Array:
+def _mean(side: Side, pairs: Pairs, axis_name: AxisName) -> jax.Array:
   """Mean of the batch `[width]`; masked rows are zeros."""
-  return all_sum(rows.local.sum(0), axis_name) / jnp.maximum(pairs.counted, 1)
+  return all_sum(side.local.sum(0), axis_name) / jnp.maximum(pairs.counted, 1)
 
 
 def rkd_angle(
@@ -308,20 +255,20 @@ def rkd_angle(
   """
   if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
     raise ValueError(f"chunk must be a positive int; got {chunk!r}")
-  student_rows, teacher_rows, pairs = _batch(student, teacher, where, axis_name)
+  of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
   if not pairs.present.size:
-    return student_rows.local.sum(axis=1)  # of no example, over which no loop can run
-  sides, close = zip(*(_sides(rows, pairs, axis_name) for rows in (student_rows, teacher_rows)), strict=True)
+    return of_student.local.sum(axis=1)  # of no example, over which no loop can run
+  sides, close = zip(*(_sides(side, pairs, axis_name) for side in (of_student, of_teacher)), strict=True)
   by = lambda size: functools.partial(angle_sums, size)
   total = by(chunk)(*sides) if chunk else jax.lax.platform_dependent(*sides, cpu=by(1), default=by(16))
-  total = _again_if_close(total, close[0] | close[1], student_rows.everyone, teacher_rows.everyone, pairs)
+  total = _again_if_close(total, close[0] | close[1], of_student.everyone, of_teacher.everyone, pairs)
   return mask(total / jnp.maximum(pairs.counted, 1) ** 2, where)
 
 
-def _sides(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> tuple[Sides, jax.Array]:
+def _sides(side: Side, pairs: Pairs, axis_name: AxisName) -> tuple[Sides, jax.Array]:
   """The sides of the angles, and which anchors have a row so close that their angles lose digits."""
   distinct = pairs.present[:, None] & pairs.present & ~jnp.eye(pairs.present.size, dtype=bool)
-  squared, scale = squared_distances(rows.everyone, rows.everyone, _mean(rows, pairs, axis_name), distinct)
+  squared, scale = squared_distances(side.everyone, side.everyone, _mean(side, pairs, axis_name), distinct)
   close = (squared > 0) & (squared < scale / 1024)
   length = safe_sqrt(squared)[:, pairs.anchors]
   sides = Sides(safe_divide(jnp.ones_like(length), length), length / 2, -squared / 2)
@@ -329,14 +276,14 @@ def _sides(rows: _Rows, pairs: _Pairs, axis_name: AxisName) -> tuple[Sides, jax.
 
 
 def _again_if_close(
-  sums: jax.Array, close: jax.Array, student: jax.Array, teacher: jax.Array, pairs: _Pairs
+  sums: jax.Array, close: jax.Array, student: jax.Array, teacher: jax.Array, pairs: Pairs
 ) -> jax.Array:
   """Sums over the angles `[b]`, taken from the rows themselves at the anchors that are too close to another row."""
 
   def by_differences(anchor):
     units = (l2_normalize(jnp.where(pairs.present[:, None], x - x[anchor], 0)) for x in (student, teacher))
     student_cosines, teacher_cosines = (inner_products(unit, unit) for unit in units)
-    return optax.huber_loss(student_cosines, teacher_cosines).sum()
+    return huber(student_cosines - teacher_cosines).sum()
 
   @jax.checkpoint
   def of_anchor(row):
@@ -345,3 +292,58 @@ def _again_if_close(
 
   again = lambda: jax.lax.map(of_anchor, (pairs.anchors, close, sums))
   return jax.lax.cond(anywhere(close), again, lambda: sums)
+
+
+def direction(
+  student: jax.Array,
+  teacher: jax.Array,
+  *,
+  ridge: float | jax.Array = 0.1,
+  where: jax.Array | None = None,
+  axis_name: AxisName = None,
+) -> jax.Array:
+  """Length of the difference of the similarities, measured by how these differences vary over the batch.
+
+  Matches which examples activate alike, by the cosines between them, and divides an error by its spread among the
+  anchors: what all anchors share counts as much as what is rare. A norm, so its gradient does not shrink near 0, and
+  is 0 at 0. A zero row has cosine 0 with everything and gets no gradient.
+
+    sqrt(d_i' C^-1 d_i),   d_i = row i of G_s - G_t,   G_ij = cos(f_i, f_j),   C = cov(d) + ridge I
+
+  Args:
+    student: `[batch, ...]`, logits or features, trailing axes flattened.
+    teacher: `[batch, ...]`, any width.
+    ridge: a number above 0, in units of the squared difference, may be traced.
+    where: bool `[batch]`, which examples count, as anchors and as partners.
+    axis_name: mapped axis over which the batch is spread, or None.
+
+  Returns:
+    `[batch]` in float32 or wider, 0 for masked anchors. The gradient flows through C, whose covariance has n - 1 in the
+    denominator; the time is O(B^3).
+
+  Raises:
+    ValueError: if the batches differ, an input is not floating, `where` does not fit, or `ridge` is not a number above
+      0.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 1.0]])
+    >>> print(direction(student, teacher).round(4))
+    [1.2747 1.6014]
+
+  Reference: Matsubara, "torchdistill", version 1.1.5, 2025, its `SKDDirectionLoss`, as its paper has it: the code
+  divides the Gram matrices by the number of classes, which makes the ridge larger by the square of that.
+  """
+  check_range("ridge", ridge, "above 0", lambda value: value > 0)
+  of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
+  (ridge,) = hyper_parameters((), None, of_student.local.dtype, ridge=ridge)
+  if not pairs.present.size:
+    return of_student.local.sum(axis=1)  # of no example
+  similarity = lambda side: jnp.where(pairs.valid, side.map(l2_normalize).products(), 0)
+  differences = similarity(of_student) - similarity(of_teacher)
+  mean = all_sum(differences.sum(axis=0), axis_name) / jnp.maximum(pairs.counted, 1)
+  centred = jnp.where(pairs.present[pairs.anchors, None], differences - mean, 0)
+  covariance = all_sum(inner_products(centred.T, centred.T), axis_name) / jnp.maximum(pairs.counted - 1, 1)
+  factor = jnp.linalg.cholesky(covariance + ridge * jnp.eye(len(covariance), dtype=covariance.dtype))
+  whitened = jax.scipy.linalg.solve_triangular(factor, differences.T, lower=True)
+  return mask(safe_sqrt(jnp.square(whitened).sum(axis=0)), where)

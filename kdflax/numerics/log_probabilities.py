@@ -11,16 +11,21 @@ from kdflax.numerics.safe import exp_remainder
 
 
 def logit_pair(
-  student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None, **hyper: float | jax.Array
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  where: jax.Array | None,
+  *,
+  fewest_classes: int = 2,
+  **hyper: float | jax.Array,
 ) -> list[jax.Array]:
   """Both logits and the hyper-parameters, checked, in float32 or wider; masked examples have zeros for logits.
 
   Raises:
-    ValueError: if the shapes differ, an input is not floating, there is one class only, a hyper-parameter or `where`
+    ValueError: if the shapes differ, an input is not floating, there are too few classes, a hyper-parameter or `where`
       does not fit, or a temperature that is known before tracing is not positive.
   """
   check_same("shape", student_logits=jnp.shape(student_logits), teacher_logits=jnp.shape(teacher_logits))
-  if jnp.shape(student_logits)[-1:] == (1,):
+  if jnp.shape(student_logits)[-1:] == (1,) and fewest_classes > 1:
     raise ValueError(
       f"student_logits and teacher_logits need at least 2 classes, since one has probability 1 whatever its logit; got "
       f"{jnp.shape(student_logits)}. Use bernoulli_kl for a single logit"
@@ -40,7 +45,15 @@ def log_sum_exp(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   They stay apart because the rounding of their sum would reach every class where logits are far from zero.
   """
   largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-  return largest, jnp.log(jnp.exp(logits - largest).sum(axis=-1, keepdims=True))
+  # One of them is e^0 = 1, the others are at most that. More or less is rounding, which is compiled to differ between
+  # the maximum and the difference; of logits of 1e9 its exponential is inf or 0.
+  total = jnp.exp(_at_most(0, logits - largest)).sum(axis=-1, keepdims=True)
+  return largest, jnp.log(-_at_most(-1, -total))
+
+
+def _at_most(bound: float, x: jax.Array) -> jax.Array:
+  """x cut off at a bound, with the derivative of x."""
+  return x - jax.lax.stop_gradient(jnp.maximum(x - bound, 0))
 
 
 def less(logits: jax.Array, largest: jax.Array, log_sum: jax.Array) -> jax.Array:
@@ -86,7 +99,7 @@ _divide.defjvp(_divide_jvp, symbolic_zeros=True)
 
 @jax.custom_jvp
 def _normalize(logits: jax.Array) -> jax.Array:
-  return less(logits, *log_sum_exp(logits))
+  return jnp.minimum(less(logits, *log_sum_exp(logits)), 0)
 
 
 @_normalize.defjvp
@@ -98,8 +111,8 @@ def _normalize_jvp(primals, tangents):
 @jax.custom_jvp
 def softmax(logits: jax.Array) -> jax.Array:
   """Probabilities of logits that the temperature has divided already."""
-  exponentials = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-  return exponentials / exponentials.sum(axis=-1, keepdims=True)
+  exponentials = jnp.exp(jnp.minimum(logits - jnp.max(logits, axis=-1, keepdims=True), 0))
+  return exponentials / jnp.maximum(exponentials.sum(axis=-1, keepdims=True), 1)
 
 
 @softmax.defjvp

@@ -50,6 +50,14 @@ def _pooling_matrix(n: int, m: int) -> jax.Array:
   return inside / inside.sum(1, keepdims=True)
 
 
+def window_sizes(size: Sequence[int], sizes: Sequence[int]) -> jax.Array:
+  """How many positions each window has when a map of one size is pooled to another: of the shape of the latter."""
+  counts = jnp.ones(())
+  for n, m in zip(size, sizes, strict=True):
+    counts = counts[..., None] * jnp.array([-(-(i + 1) * n // m) - i * n // m for i in range(m)])
+  return counts
+
+
 def pool_to_common_size(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Pools each spatial axis of the larger map to the smaller; maps are `[batch, ..., channels]`."""
   sizes = tuple(min(pair) for pair in zip(first.shape[1:-1], second.shape[1:-1], strict=True))

@@ -19,6 +19,15 @@ def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
 
 
+def huber(x: jax.Array, delta: float | jax.Array = 1.0) -> jax.Array:
+  """`x^2 / 2` up to delta, `delta |x| - delta^2 / 2` from there on; small x keep their digits in the derivative.
+
+  Written as a minimum and a rest, as usual, the derivative is that of the line and a difference of the two.
+  """
+  distance = jnp.abs(x)
+  return jnp.where(distance < delta, jnp.square(x) / 2, delta * (distance - delta / 2))
+
+
 @jax.custom_jvp
 def log1p_remainder(x: jax.Array) -> jax.Array:
   """`x - log(1 + x)`, about x^2 / 2 near 0, where the difference would lose all digits and so would its derivative."""
@@ -65,8 +74,13 @@ def in_own_units(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
 
   What does not depend on the scale of x stays what it was, and so do its derivatives: the power of two has none.
   """
-  total = jax.lax.stop_gradient(jnp.sum(jnp.abs(x), axis=axis, keepdims=True))
-  return x / jax.lax.reduce_precision(jnp.where(total > 0, total, 1), jnp.finfo(x.dtype).nexp, 0)
+  return x / power_of_two(jnp.sum(jnp.abs(x), axis=axis, keepdims=True))
+
+
+def power_of_two(scale: jax.Array) -> jax.Array:
+  """The power of two next below a scale, 1 for 0; without a derivative."""
+  scale = jax.lax.stop_gradient(scale)
+  return jax.lax.reduce_precision(jnp.where(scale > 0, scale, 1), jnp.finfo(scale.dtype).nexp, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

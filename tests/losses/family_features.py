@@ -28,6 +28,19 @@ def hint(s, t):
   return ((s - t) ** 2).reshape(len(s), -1).mean(-1)
 
 
+def smooth_l1(s, t, *, beta=1.0):
+  distance = np.abs(s - t)
+  return np.where(distance < beta, distance**2 / (2 * beta), distance - beta / 2).reshape(len(s), -1).mean(-1)
+
+
+def log_distance(s, t, *, power):
+  return np.log((np.abs(s - t) ** power).reshape(len(s), -1).sum(-1))
+
+
+def log_sigmoid_cosine(s, t):
+  return np.log1p(np.exp(-(unit(s) * unit(t)).sum(-1))).reshape(len(s), -1).mean(-1)
+
+
 def attention_transfer(s, t, *, power=2):
   attention = lambda f: unit((np.abs(f) ** power).mean(-1).reshape(len(f), -1))
   s, t = to_common_size(s, t)
@@ -163,6 +176,9 @@ CASES = [
   Case(losses.hint, hint, pairs_of(3, 2)),
   Case(losses.cosine, cosine, pairs_of(5)),
   Case(losses.cosine, cosine, pairs_of(3, 4), label="tokens"),
+  Case(losses.smooth_l1, smooth_l1, pairs_of(3, 2), {"beta": 0.7}),
+  Case(losses.log_distance, log_distance, pairs_of(3, 2), {"power": 3.0}, zero_at_equality=False),
+  Case(losses.log_sigmoid_cosine, log_sigmoid_cosine, pairs_of(3, 4), zero_at_equality=False),
   Case(losses.attention_transfer, attention_transfer, pairs_of(4, 3, 5)),
   Case(losses.attention_transfer, attention_transfer, pairs_of(7, 2, 3, teacher=(3, 5, 4)), label="resized"),
   Case(losses.attention_transfer, attention_transfer, pairs_of(4, 3, 5), static={"power": 3}, label="cubed"),

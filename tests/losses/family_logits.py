@@ -36,17 +36,15 @@ def without_labels(z, y):
   return np.stack([np.delete(row, label) for row, label in zip(z, y, strict=True)])
 
 
-def dkd(s, t, y, *, temperature=4.0, alpha=1.0, beta=8.0):
-  binary = lambda z: np.stack([of_labels(softmax(z), y), 1 - of_labels(softmax(z), y)], -1)
-  others = lambda z: softmax(without_labels(z, y))
-  s, t = s / temperature, t / temperature
-  return temperature**2 * (alpha * kl(binary(t), binary(s)) + beta * kl(others(t), others(s)))
+def bernoulli_kl(s, t, *, temperature=1.0):
+  both = lambda z: np.stack([1 / (1 + np.exp(-z / temperature)), 1 / (1 + np.exp(z / temperature))], -1)
+  return kl(both(t), both(s)).sum(-1)
 
 
-def nkd(s, t, y, *, temperature=1.0, gamma=1.5):
-  target = -of_labels(softmax(t), y) * of_labels(log_softmax(s), y)
-  p, log_q = softmax(without_labels(t, y) / temperature), log_softmax(without_labels(s, y) / temperature)
-  return target - gamma * temperature**2 * (p * log_q).sum(-1)
+def wttm(s, t, *, gamma):
+  powers = softmax(t) ** gamma
+  total = powers.sum(-1)
+  return total * kl(powers / total[..., None], softmax(s))
 
 
 def dist(s, t, *, temperature=1.0, beta=1.0, gamma=1.0):
@@ -85,24 +83,21 @@ logits = pairs_of(7)
 many_classes = pairs_of(30)
 
 
-def labelled(classes):
-  return lambda rng, batch: (*pairs_of(classes)(rng, batch), rng.integers(classes, size=batch))
+def labelled(classes, labels=None):
+  """Logits and a label of each example, one of the first `labels` classes."""
+  return lambda rng, batch: (*pairs_of(classes)(rng, batch), rng.integers(labels or classes, size=batch))
 
 
 SOFT = {"temperature": 3.0}
-DKD = {"temperature": 3.0, "alpha": 0.7, "beta": 5.0}
-NKD = {"temperature": 2.0, "gamma": 1.2}
 DIST = {"temperature": 2.0, "beta": 0.7, "gamma": 1.3}
-standardized_kl, standardized_dkd = losses.standardized(losses.kl_soft_targets), losses.standardized(losses.dkd)
-standardized_dist = losses.standardized(losses.dist)
+standardized_kl, standardized_dist = losses.standardized(losses.kl_soft_targets), losses.standardized(losses.dist)
 
 CASES = [
   Case(losses.kl_soft_targets, kl_soft_targets, logits, SOFT, kind="logits"),
   Case(losses.hard_targets, hard_targets, logits, kind="logits", zero_at_equality=False),
-  Case(losses.dkd, dkd, labelled(7), DKD, kind="logits"),
-  Case(losses.dkd, dkd, labelled(2), DKD, kind="logits", label="two-classes"),
-  Case(losses.nkd, nkd, labelled(7), NKD, kind="logits", zero_at_equality=False),
-  Case(losses.nkd, nkd, labelled(2), NKD, kind="logits", zero_at_equality=False, label="two-classes"),
+  Case(losses.bernoulli_kl, bernoulli_kl, logits, SOFT, kind="logits"),
+  Case(losses.bernoulli_kl, bernoulli_kl, pairs_of(1), SOFT, kind="logits", label="one-logit"),
+  Case(losses.wttm, wttm, logits, {"gamma": 0.4}, kind="logits", zero_at_equality=False),
   Case(losses.dist, dist, logits, DIST, kind="logits", compares=True),
   Case(losses.class_correlation, class_correlation, logits, SOFT, kind="logits", compares=True),
   Case(
@@ -110,6 +105,5 @@ CASES = [
   ),
   Case(losses.batch_correlation, batch_correlation, logits, SOFT, kind="logits", compares=True),
   Case(standardized_kl, standardized(kl_soft_targets), logits, SOFT, kind="logits", label="standardized"),
-  Case(standardized_dkd, standardized(dkd), labelled(7), DKD, kind="logits", label="standardized"),
   Case(standardized_dist, standardized(dist), logits, DIST, kind="logits", compares=True, label="standardized"),
 ]

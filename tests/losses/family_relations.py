@@ -63,6 +63,16 @@ def rkd_angle(s, t, *, chunk=None):  # the chunk changes memory, not the value
   return huber(cosines(s) - cosines(t)).mean((1, 2))
 
 
+def direction(s, t, *, ridge=0.1):
+  def cosines(f):
+    rows = flat(f) / np.linalg.norm(flat(f), axis=1, keepdims=True)
+    return rows @ rows.T
+
+  difference = cosines(s) - cosines(t)
+  inverse = np.linalg.inv(np.cov(difference.T) + ridge * np.eye(len(difference)))
+  return np.sqrt(np.einsum("ij,jk,ik->i", difference, inverse, difference))
+
+
 embeddings = pairs_of(5, teacher=(2, 3))
 
 
@@ -104,4 +114,6 @@ CASES = [
   ),
   Case(losses.rkd_distance, rkd_distance, embeddings, compares=True),
   Case(losses.rkd_angle, rkd_angle, embeddings, compares=True, static={"chunk": 3}),
+  # Zero, but with a kink.
+  Case(losses.direction, direction, embeddings, {"ridge": 0.2}, compares=True, zero_at_equality=False),
 ]

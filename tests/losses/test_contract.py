@@ -13,9 +13,25 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from kdflax import losses
-from tests.losses import family_contrastive, family_divergences, family_features, family_logits, family_relations
+from tests.losses import (
+  family_contrastive,
+  family_divergences,
+  family_features,
+  family_logits,
+  family_relations,
+  family_similarity,
+  family_targets,
+)
 
-FAMILIES = (family_contrastive, family_divergences, family_features, family_logits, family_relations)
+FAMILIES = (
+  family_contrastive,
+  family_divergences,
+  family_features,
+  family_logits,
+  family_relations,
+  family_similarity,
+  family_targets,
+)
 CASES = [case for family in FAMILIES for case in family.CASES]
 # Public, but not a loss of this form; `crd` returns its memory as well and is tested in test_crd.py.
 NOT_PER_EXAMPLE = {"masked_mean", "masked_sum", "ofd_margin", "standardize_logits", "standardized", "crd", "crd_memory"}
