@@ -108,8 +108,8 @@ def bernoulli_kl(
   Examples:
     >>> import jax.numpy as jnp
     >>> student, teacher = jnp.array([[0.0, 2.0]]), jnp.array([[1.0, 2.0]])
-    >>> print(bernoulli_kl(student, teacher).round(4))
-    [0.1109]
+    >>> print(f"{bernoulli_kl(student, teacher)[0]:.4f}")
+    0.1109
 
   Reference: Yang, Xie, Zong, Feng, Niu, Sugiyama and Huang, "Multi-Label Knowledge Distillation", 2023, arXiv
   2308.06453, its logits term, which halves nothing and takes no temperature.
@@ -157,8 +157,8 @@ def wttm(
   Examples:
     >>> import jax.numpy as jnp
     >>> student, teacher = jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0]])
-    >>> print(wttm(student, teacher, gamma=0.5).abs().max() < 1e-6)
-    True
+    >>> print(f"{wttm(student, teacher, gamma=0.5)[0]:.4f}")
+    0.0000
 
   Reference: Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", 2024, arXiv 2402.11148.
   """

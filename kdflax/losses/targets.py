@@ -155,8 +155,8 @@ def rld(
     >>> import jax.numpy as jnp
     >>> student, teacher = jnp.array([[0.0, 1.0, 0.0]]), jnp.array([[1.0, 2.0, 0.0]])
     >>> weights = {"alpha": 1.0, "beta": 1.0}
-    >>> print(rld(student, teacher, jnp.array([1]), temperature=2.0, top_temperature=2.0, **weights).round(4))
-    [0.1235]
+    >>> print(f"{rld(student, teacher, jnp.array([1]), temperature=2.0, top_temperature=2.0, **weights)[0]:.4f}")
+    0.1452
 
   Reference: Sun, Chen, Lyu, Chen, Chen and Wang, "Knowledge Distillation with Refined Logits", 2024, arXiv 2408.07703.
   """
@@ -210,8 +210,8 @@ def ofa(
   Examples:
     >>> import jax.numpy as jnp
     >>> student, teacher = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 0.0]])
-    >>> print(ofa(student, teacher, jnp.array([0]), epsilon=1.5).round(4))
-    [0.6121]
+    >>> print(f"{ofa(student, teacher, jnp.array([0]), epsilon=1.5)[0]:.4f}")
+    0.5834
 
   Reference: Hao, Guo, Han, Tang, Hu, Wang and Xu, "One-for-All: Bridge the Gap Between Heterogeneous Architectures in
   Knowledge Distillation", 2023, arXiv 2310.19444.

@@ -10,16 +10,20 @@ import pytest
 from kdflax import losses
 from kdflax.objectives import Term, evaluate
 from tests.losses import family_features as reference
+from tests.losses import family_similarity
 from tests.losses.case import pairs_of
+from tests.losses.family_similarity import with_classes
 from tests.losses.test_contract import CASES, assert_close, cast, inputs_of
 
 # On whole examples, whose trailing axes they flatten: features of one axis, or relations between examples.
 OF_WHOLE_EXAMPLES = {
   "correlation_congruence",
+  "direction",
   "info_nce",
   "pkt",
   "rkd_angle",
   "rkd_distance",
+  "similarity_distribution",
   "similarity_preserving",
 }
 # Inputs with the same positions on all sides, where those of the case differ in size.
@@ -27,6 +31,9 @@ OF_ONE_SIZE = {
   "fsp": reference.layers_of((3, 4, 2), (3, 4, 3), (3, 4, 2), (3, 4, 3)),
   "inter_channel_correlation": pairs_of(3, 4, 5),
   "class_attention_transfer": pairs_of(5, 4, 3),
+  "channel_wise": pairs_of(3, 4, 5),
+  "prototype_similarity": with_classes((3, 3, 4), (3, 3, 5), 2),
+  "wkd_features": pairs_of(3, 4, 2),
   "nst": pairs_of(3, 4, 2, teacher=(3, 4, 3)),
   "kdsvd": lambda rng, batch: reference.subspaces(rng, batch, *[(3, 4, 3)] * 4),
 }
@@ -127,6 +134,34 @@ def test_masked_positions_reach_nothing(case):
     for i in (0, 1, 3):
       kept = [a[i][where[i]][None, :, None] for a in arrays]  # the positions that are left, in a column
       assert_close(values[i : i + 1], case.reference(*kept, **case.hyper, **case.static), "float64")
+
+
+def test_channels_are_standardised_over_the_positions_that_count():
+  case = next(case for case in cases() if case.loss is losses.channel_correlation)
+  (s, t), (student, teacher), where = poisoned(case)
+  with jax.enable_x64(True):
+    values, _ = run(case, cast([student, teacher], "float64"), where)
+  rows = [f[where][None] for f in (s, t)]  # all that count, as those of one example
+  expected = family_similarity.channel_correlation(*rows)
+  counted = where.any((1, 2))
+  np.testing.assert_allclose(values[counted].mean(), expected[0], rtol=1e-9)
+
+
+def test_a_grid_of_statistics_takes_the_positions_that_count():
+  s, t = pairs_of(4, 4, 3)(np.random.default_rng(0), 2)
+  where = np.ones((2, 4, 4), bool)
+  where[0, :2, :2], where[1, 2:] = False, False
+  where[0, 3, 3] = False
+  with jax.enable_x64(True):
+    values = losses.wkd_features(*(np.where(where[..., None], f, np.nan) for f in (s, t)), grid=2, where=where)
+  for i in range(2):
+    cells = []
+    for rows in (slice(0, 2), slice(2, 4)):
+      for columns in (slice(0, 2), slice(2, 4)):
+        if (keep := where[i, rows, columns]).any():
+          pair = (f[i, rows, columns][keep][None, :, None] for f in (s, t))
+          cells.append(family_similarity.wkd_features(*pair)[0])
+    np.testing.assert_allclose(values[i], np.mean(cells), rtol=1e-9)
 
 
 def test_a_term_counts_the_examples_that_have_a_position():
