@@ -244,7 +244,7 @@ def test_a_killed_run_with_a_change_is_settled_by_the_next(tmp_path, saved):
 @pytest.mark.parametrize("content", ["[1", "[" * 100_000, '{"settings": 1}', "[]"], ids=len)
 def test_a_change_that_cannot_be_read_is_named(tmp_path, content):
   with RunDirectory(tmp_path, {}):
-    (tmp_path / "config-next.json").write_text(content)
+    pass
   (tmp_path / "config-next.json").write_text(content)
   with pytest.raises(
     RunDirectoryError, match=r"config-next\.json or changes\.json is damaged.*accept the change again"
