@@ -31,7 +31,7 @@ lint: .venv/installed  ## formatting, lint, types, and that all that is public h
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
-	PYTHONPATH=. $(RUN) -m pyright --pythonpath $(RUN) --verifytypes kdflax --ignoreexternal
+	PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH=. $(RUN) -m pyright --verifytypes kdflax --ignoreexternal
 
 docs: .venv/installed  ## writes the generated pages, docs/methods.md and docs/balancing.md
 	@for page in docs/generate_*.py; do echo "== $$page" && $(RUN) -m docs.$$(basename $$page .py) || exit 1; done

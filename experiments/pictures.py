@@ -76,8 +76,8 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def bounded(widths: Sequence[float], means: Sequence[float]) -> np.ndarray:
   """Half widths of intervals `[2, n]`, down and up, that leave neither 0 nor 100 percent."""
-  means, widths = np.asarray(means), np.nan_to_num(widths)
-  return np.stack([np.minimum(widths, means), np.minimum(widths, 100 - means)])
+  middle, half = np.asarray(means), np.nan_to_num(widths)
+  return np.stack([np.minimum(half, middle), np.minimum(half, 100 - middle)])
 
 
 def accuracy_by_method(directory: pathlib.Path, results: Sequence[Mapping[str, Any]]) -> None:

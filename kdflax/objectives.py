@@ -60,7 +60,7 @@ class Term:
   stop_gradient: tuple[str, ...] = (_TEACHER,)
   examples: tuple[str, ...] | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     name, parameters = _name(self.loss), _parameters(self.loss)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
       unknown = set(self.inputs) - set(parameters) - {"where"}

@@ -144,9 +144,9 @@ def make_balancer(
   return Balancer(checked_init, update, needs_gramian, needs_key)
 
 
-def stateless(name: str, weigh: Callable[[Inputs], jax.Array], **kwargs) -> Balancer:
-  """Wrap a method whose state is empty."""
-  return make_balancer(name, lambda num_tasks: optax.EmptyState(), lambda x, state: (weigh(x), state), **kwargs)
+def stateless(name: str, weigh: Callable[[Inputs], jax.Array], **rules: bool) -> Balancer:
+  """Wrap a method whose state is empty; `rules` are those of `make_balancer`."""
+  return make_balancer(name, lambda num_tasks: optax.EmptyState(), lambda x, state: (weigh(x), state), **rules)
 
 
 def shares_of(logits: jax.Array, where: jax.Array) -> jax.Array:
@@ -173,7 +173,9 @@ class LearnedState(NamedTuple):
   optimizer: optax.OptState
 
 
-def optimized(value: jax.Array | float, optimizer: optax.GradientTransformation, name: str):
+def optimized(
+  value: jax.Array | float, optimizer: optax.GradientTransformation, name: str
+) -> tuple[Callable[[int], LearnedState], Callable[[jax.Array, LearnedState, jax.Array], LearnedState]]:
   """Return `init` and `step` of numbers, one for each task, that an optimizer moves along a given gradient."""
 
   def init(num_tasks: int) -> LearnedState:

@@ -46,7 +46,9 @@ def check_inputs(
   return losses, present & jnp.isfinite(losses) & finite_tasks(gradients)
 
 
-def usable_gradients(losses: jax.Array, gradients: PyTree, tasks: int, present: jax.Array | None, name: str):
+def usable_gradients(
+  losses: jax.Array, gradients: PyTree, tasks: int, present: jax.Array | None, name: str
+) -> tuple[jax.Array, PyTree, jax.Array]:
   """Return wide losses, gradients with the rows of unusable tasks set to 0, and which tasks are usable."""
   if num_tasks(gradients) != tasks:
     raise ValueError(f"{name}: the state is for {tasks} tasks, but the gradients are of {num_tasks(gradients)}.")

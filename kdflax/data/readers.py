@@ -26,7 +26,7 @@ _MNIST_FILES = {"train": "train", "test": "t10k"}
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
-def cifar(path: str | os.PathLike, *, classes: int = 10, validation: int = 0, seed: int = 0) -> dict[str, Arrays]:
+def cifar(path: str | os.PathLike[str], *, classes: int = 10, validation: int = 0, seed: int = 0) -> dict[str, Arrays]:
   """Read CIFAR-10 or CIFAR-100 from its binary files.
 
   Any number of whole records per file is accepted, not only the published 10,000 or 50,000.
@@ -64,7 +64,7 @@ def cifar(path: str | os.PathLike, *, classes: int = 10, validation: int = 0, se
   return _indexed(splits, validation, seed)
 
 
-def mnist(path: str | os.PathLike, *, validation: int = 0, seed: int = 0) -> dict[str, Arrays]:
+def mnist(path: str | os.PathLike[str], *, validation: int = 0, seed: int = 0) -> dict[str, Arrays]:
   """Read MNIST, or a set in its format such as Fashion-MNIST, from its four IDX files.
 
   Args:
@@ -98,7 +98,7 @@ def mnist(path: str | os.PathLike, *, validation: int = 0, seed: int = 0) -> dic
   return _indexed(splits, validation, seed)
 
 
-def idx(path: str | os.PathLike) -> np.ndarray:
+def idx(path: str | os.PathLike[str]) -> np.ndarray:
   """Read one array from an IDX file, the format of MNIST.
 
   The file is two zero bytes, one byte for the type, one for the number of axes, a big-endian uint32 per axis, then the
@@ -130,7 +130,7 @@ def idx(path: str | os.PathLike) -> np.ndarray:
 
 
 def parquet(
-  path: str | os.PathLike,
+  path: str | os.PathLike[str],
   *,
   image: str = "image",
   label: str | Mapping[str, str] = "label",

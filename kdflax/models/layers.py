@@ -43,10 +43,10 @@ def _symmetric(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 # Kaiming He, Xiangyu Zhang, Shaoqing Ren and Jian Sun (2015), arXiv 1502.01852: the first keeps the variance of
 # gradients, the second that of activations. Neither is truncated.
-conv_init = _scaled(jax.random.normal, 2.0, "out")
-hidden_init = _scaled(jax.random.normal, 2.0, "in")
-head_init = _scaled(_symmetric, 1.0, "in")  # uniform within 1 / sqrt(inputs)
-unit_init = _scaled(_symmetric, 3.0, "in")  # uniform, of variance 1 / inputs
+conv_init: nnx.Initializer = _scaled(jax.random.normal, 2.0, "out")
+hidden_init: nnx.Initializer = _scaled(jax.random.normal, 2.0, "in")
+head_init: nnx.Initializer = _scaled(_symmetric, 1.0, "in")  # uniform within 1 / sqrt(inputs)
+unit_init: nnx.Initializer = _scaled(_symmetric, 3.0, "in")  # uniform, of variance 1 / inputs
 
 
 class Convolution(nnx.Module):
@@ -68,7 +68,7 @@ class Convolution(nnx.Module):
     init: nnx.Initializer = conv_init,
     dtype: Dtype | None = None,
   ) -> None:
-    self.conv = nnx.Conv(
+    self.conv: nnx.Conv = nnx.Conv(
       inputs,
       outputs,
       (kernel, kernel),
@@ -79,7 +79,8 @@ class Convolution(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs) if batch_norm else None
+    norm = nnx.BatchNorm(outputs, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs) if batch_norm else None
+    self.norm: nnx.BatchNorm | None = norm
 
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     x = self.conv(x)
@@ -108,7 +109,7 @@ def check_dropout(rate: float) -> None:
     raise ValueError(f"dropout must be in [0, 1), got {rate}")
 
 
-def check_rank(x: jax.Array | jax.ShapeDtypeStruct, rank: int, name: str, axes: str) -> None:
+def check_rank(x: Any, rank: int, name: str, axes: str) -> None:
   """Raises unless an input has the number of axes that a model is written for.
 
   Args:

@@ -27,10 +27,13 @@ def _cosines(one: Sides, sides: Sides) -> jax.Array:
   return one.inverse * (one.gram[:, None] * sides.inverse + sides.shift) + one.shift * sides.inverse
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def angle_sums(chunk: int, student: Sides, teacher: Sides) -> jax.Array:
   """`sum_jk huber(cos_s - cos_t)_ijk` `[b]` for each anchor i."""
+  return _angle_sums(chunk, student, teacher)
 
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _angle_sums(chunk: int, student: Sides, teacher: Sides) -> jax.Array:
   def values(rows):
     return optax.huber_loss(_cosines(rows[0], student), _cosines(rows[1], teacher))
 
@@ -38,7 +41,7 @@ def angle_sums(chunk: int, student: Sides, teacher: Sides) -> jax.Array:
   return _add_up(chunk, values, (student, teacher), student.inverse).sum(axis=0)
 
 
-@functools.partial(angle_sums.defjvp, symbolic_zeros=True)
+@functools.partial(_angle_sums.defjvp, symbolic_zeros=True)
 def _angle_sums_jvp(chunk, primals, tangents):
   moving = [index for index, tangent in enumerate(tangents) if not isinstance(tangent.gram, SymbolicZero)]
 

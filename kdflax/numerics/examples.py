@@ -6,10 +6,12 @@ replaced by zeros before anything is computed, so that neither their values nor 
 
 import math
 from collections.abc import Callable
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 AxisName = str | tuple[str, ...] | None
 
@@ -58,10 +60,10 @@ def as_features(where: jax.Array | None, **features: jax.Array) -> list[jax.Arra
     return as_examples(where, lead=1, **features)
   shapes = {name: jnp.shape(array)[:-1] for name, array in features.items()}
   check_same("positions, since `where` counts them (or one `where` for each example)", **shapes)
-  return as_examples(where, **features)
+  return as_examples(where, lead=None, **features)
 
 
-def _is_over_positions(where: jax.Array | None) -> bool:
+def _is_over_positions(where: jax.Array | None) -> TypeGuard[jax.Array]:
   return getattr(where, "ndim", 1) > 1
 
 
@@ -138,7 +140,7 @@ def check_range(
     return
   fits = np.asarray(inside(np.asarray(value)))
   if where is not None and fits.ndim:
-    if isinstance(where, jax.core.Tracer):
+    if isinstance(where, Tracer):
       return
     fits = fits | ~np.asarray(where)
   if not fits.all():

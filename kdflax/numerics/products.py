@@ -45,7 +45,9 @@ def _gram_difference_jvp(primals, tangents):
 gram_difference.defjvp(_gram_difference_jvp, symbolic_zeros=True)
 
 
-def gram_difference_half_tangent(primals: Sequence[jax.Array], tangents: Sequence[jax.Array | SymbolicZero]):
+def gram_difference_half_tangent(
+  primals: Sequence[jax.Array], tangents: Sequence[jax.Array | SymbolicZero]
+) -> jax.Array:
   """`dx x' - dy y'` of the sides that move; the tangent of `gram_difference` is that and its transpose."""
   signed = zip((1, -1), primals, tangents, strict=True)
   halves = [sign * inner_products(moved, x) for sign, x, moved in signed if not isinstance(moved, SymbolicZero)]

@@ -39,7 +39,7 @@ class RunDirectory:
       RunDirectoryError: if another process uses the directory, it is not a run's, its settings differ (with every
         differing field) or cannot be read, or it cannot be written to.
     """
-    self.path = pathlib.Path(path).absolute()
+    self.path: pathlib.Path = pathlib.Path(path).absolute()
     settings = json.loads(json.dumps(config))
     if self.path.exists() and not self.path.is_dir():
       raise RunDirectoryError(f"{self.path} is a file; choose a directory for the run")
