@@ -234,6 +234,8 @@ def settings_of(bench: Bench, name: str) -> dict[str, Any]:
   """What a method is given beside the pair. All train beside the labels, so that they have the same budget."""
   if name in ("hint", "fsp", "activation_boundary", "factor_transfer"):
     return {"joint": True}
+  if name == "similarity_distribution":
+    return {"queue": min(len(bench.labels), 65536)}
   if name == "crd":
     examples = len(bench.labels)
     width, negatives = (128, 16384) if examples > 16384 else (32, 64)

@@ -9,7 +9,8 @@ method.models` and `{"hard": hard} | method.terms`; `training.train_stages` runs
 
 from kdflax.methods.activations import activation_boundary, ofd
 from kdflax.methods.catalogue import CATALOGUE, SOURCES, TOOLS, Entry, paper
-from kdflax.methods.contrast import crd
+from kdflax.methods.contrast import crd, seed
+from kdflax.methods.dense import cwd, gram_anchoring, pkd, wkd_f
 from kdflax.methods.features import attention_transfer, factor_transfer, fitnets, mgd, review_kd, vid
 from kdflax.methods.heads import cat_kd, simkd
 from kdflax.methods.logits import ctkd, dist, dkd, hard_targets, mlkd, nkd, soft_targets, standardized_targets
@@ -24,6 +25,7 @@ from kdflax.methods.relations import (
   rkd,
   similarity_preserving,
 )
+from kdflax.methods.targets import abkd, ofa, rld, wkd_l, wttm
 
 __all__ = [
   "CATALOGUE",
@@ -35,17 +37,20 @@ __all__ = [
   "Side",
   "Stage",
   "Weight",
+  "abkd",
   "activation_boundary",
   "attention_transfer",
   "cat_kd",
   "correlation_congruence",
   "crd",
   "ctkd",
+  "cwd",
   "dist",
   "dkd",
   "factor_transfer",
   "fitnets",
   "fsp",
+  "gram_anchoring",
   "hard_targets",
   "ickd",
   "info_nce",
@@ -58,15 +63,22 @@ __all__ = [
   "of_flows",
   "of_logits",
   "of_maps",
+  "ofa",
   "ofd",
   "pair",
   "paper",
+  "pkd",
   "pkt",
   "review_kd",
   "rkd",
+  "rld",
+  "seed",
   "similarity_preserving",
   "simkd",
   "soft_targets",
   "standardized_targets",
   "vid",
+  "wkd_f",
+  "wkd_l",
+  "wttm",
 ]

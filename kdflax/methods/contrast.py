@@ -1,5 +1,6 @@
-"""Contrastive representation distillation: two projections, and a memory of the whole training set."""
+"""Methods that compare an example with many others: a memory of the whole training set, or a queue of the last."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from kdflax import losses, models
 from kdflax.methods.method import Method, Weight
 from kdflax.methods.pairs import Pair
 from kdflax.model import Model, PyTree
-from kdflax.numerics.examples import AxisName
+from kdflax.numerics.examples import AxisName, all_rows
+from kdflax.numerics.safe import l2_normalize
 from kdflax.objectives import Term
 
 Draw = Callable[[jax.Array, jax.Array], jax.Array]  # (key, own rows [batch]) -> rows [batch, negatives]
@@ -92,6 +94,93 @@ def crd(
 
   parts[memory] = Model(init, apply, (f"{student}.output", f"{teacher}.output", index))
   return Method(parts, {memory: Term(_as_they_are, {"values": f"{memory}.values"}, weight)})
+
+
+def seed(
+  pair: Pair,
+  *,
+  queue: int = 65536,
+  student_temperature: Any = 0.2,
+  teacher_temperature: Any = 0.01,
+  weight: Weight = 1.0,
+  axis_name: AxisName = None,
+) -> Method:
+  """Learn which of the last examples the teacher finds similar to this one. It takes no labels.
+
+  Args:
+    pair: of models with an `embedding`; the student's is mapped linearly to the teacher's width.
+    queue: how many of the teacher's embeddings are kept; those of a batch take the place of the oldest before they are
+      compared, so each example is among its own keys. Until it is full the others are random.
+    student_temperature: of the student's similarities, a number, a schedule or a context path.
+    teacher_temperature: of the teacher's.
+    weight: of the Term, a number or a schedule.
+    axis_name: mapped axis that the batch is spread over, as of the learner.
+
+  Returns:
+    A method with the models `seed_student`, `seed_teacher` (both on the unit sphere) and `seed_queue` (its state), and
+    the Term `seed`.
+
+  Raises:
+    ValueError: if the queue is empty or a model has no embedding; when traced, if a batch does not fit into the queue.
+
+  Examples:
+    >>> import numpy as np
+    >>> from kdflax import methods, models
+    >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
+    >>> list(methods.seed(pair, queue=64).models)
+    ['seed_student', 'seed_teacher', 'seed_queue']
+
+  Reference: Zhiyuan Fang, Jianfeng Wang, Lijuan Wang, Lei Zhang, Yezhou Yang and Zicheng Liu, "SEED: Self-supervised
+  Distillation for Visual Representation", 2021, arXiv 2101.04731. In the authors' code an example is compared with the
+  others of its batch only from the next step on.
+  """
+  if queue < 1:
+    raise ValueError(f"queue must be at least 1; got {queue}")
+  student, teacher, keys = (pair.named(f"seed_{part}") for part in ("student", "teacher", "queue"))
+  width = math.prod(pair.teacher.shape("embedding")[1:])
+  parts = {
+    student: models.embedding_connector(pair.student.path("embedding"), width),
+    teacher: _on_the_sphere(pair.teacher.path("embedding")),
+    keys: _queue(f"{teacher}.output", queue, width, axis_name),
+  }
+  inputs = {
+    "student": f"{student}.output",
+    "teacher": f"{teacher}.output",
+    "student_keys": f"{keys}.keys",
+    "teacher_keys": f"{keys}.keys",
+    "student_temperature": student_temperature,
+    "teacher_temperature": teacher_temperature,
+  }
+  return Method(parts, {pair.named("seed"): Term(losses.similarity_distribution, inputs, weight)})
+
+
+def _on_the_sphere(path: str) -> Model:
+  """A model without params that brings what it reads to length 1."""
+
+  def init(key: jax.Array, example: Any) -> tuple[PyTree, PyTree]:
+    return {}, {}
+
+  def apply(params: PyTree, state: PyTree, x: Any, *, train: bool, key: jax.Array | None = None) -> tuple[Any, PyTree]:
+    return {"output": l2_normalize(x.reshape(x.shape[0], -1))}, state
+
+  return Model(init, apply, path)
+
+
+def _queue(path: str, size: int, width: int, axis_name: AxisName) -> Model:
+  """A model whose state is the last `size` rows that it has read; `keys` are they, with those of this batch."""
+
+  def init(key: jax.Array, example: Any) -> tuple[PyTree, PyTree]:
+    return {}, {"rows": l2_normalize(jax.random.normal(key, (size, width), jnp.float32)), "next": jnp.int32(0)}
+
+  def apply(params: PyTree, state: PyTree, x: Any, *, train: bool, key: jax.Array | None = None) -> tuple[Any, PyTree]:
+    new = jax.lax.stop_gradient(x if axis_name is None else all_rows(x, axis_name)).astype(state["rows"].dtype)
+    if len(new) > size:
+      raise ValueError(f"a batch of {len(new)} does not fit into a queue of {size}; make it longer")
+    places = (state["next"] + jnp.arange(len(new))) % size
+    after = {"rows": state["rows"].at[places].set(new), "next": (state["next"] + len(new)) % size}
+    return {"keys": after["rows"]}, after if train else state
+
+  return Model(init, apply, path)
 
 
 def _as_they_are(values: jax.Array) -> jax.Array:

@@ -33,4 +33,9 @@ def given(name):
   params, _ = frozen()
   everything = {"num_examples": len(LABELS), "head": params["head"]}
   chosen = {key: everything[key] for key in methods.CATALOGUE[name].takes}
-  return chosen | ({"labels": LABELS, "negatives": 6, "width": 4} if name == "crd" else {})
+  small = {
+    "crd": {"labels": LABELS, "negatives": 6, "width": 4},
+    "similarity_distribution": {"queue": 7},
+    "mlkd": {"temperatures": (2.0,)},
+  }
+  return chosen | small.get(name, {})

@@ -76,9 +76,12 @@ def test_the_default_weight_is_the_published_one(name):
 
 def filled(shapes):
   """Any positive numbers: methods are differentiable there, and nothing has to be compiled to draw them."""
-  return jax.tree.map(
-    lambda leaf: 0.5 + 0.4 * np.cos(3.0 * np.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), shapes
-  )
+
+  def fill(leaf):
+    numbers = 0.5 + 0.4 * np.cos(3.0 * np.arange(leaf.size)).reshape(leaf.shape)
+    return np.asarray(numbers, leaf.dtype)  # a counter is 0
+
+  return jax.tree.map(fill, shapes)
 
 
 @pytest.fixture(scope="module")

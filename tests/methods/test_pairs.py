@@ -127,6 +127,8 @@ HEAD = {"kernel": jnp.zeros((5, 3))}
     (lambda p: methods.dkd(p, betta=1.0), MAPS, MAPS, r"dkd has no argument \['betta'\]"),
     (lambda p: methods.of_logits(p, _Nameless()), MAPS, MAPS, "has no name of its own; give the method one: name="),
     (lambda p: methods.mgd(p, masked=1.0), MAPS, MAPS, r"masked must be in \[0, 1\); got 1.0"),
+    (lambda p: methods.seed(p, queue=0), MAPS, MAPS, "queue must be at least 1; got 0"),
+    (methods.wkd_l, MAPS, MAPS, "the model 'teacher' has no params 'head.kernel'"),
     (lambda p: methods.crd(p, num_examples=1), MAPS, MAPS, "num_examples must be at least 2 and .*; got 1 and"),
     (lambda p: methods.crd(p, num_examples=3, labels=np.zeros(2, int)), MAPS, MAPS, r"0, 1, ... of the 3 examples"),
     (lambda p: methods.crd(p, num_examples=2, labels=np.zeros(2, int)), MAPS, MAPS, "all 2 labels are 0"),

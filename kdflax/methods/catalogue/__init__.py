@@ -5,10 +5,10 @@ entry under its name in the module of its kind, or a line in `TOOLS` if it is no
 its own gets one under the name of its function.
 """
 
-from kdflax.methods.catalogue import combined, features, logits, relations, unbuilt
+from kdflax.methods.catalogue import combined, features, logits, relations
 from kdflax.methods.catalogue.entry import Entry, paper
 
-CATALOGUE: dict[str, Entry] = logits.ENTRIES | features.ENTRIES | relations.ENTRIES | combined.ENTRIES | unbuilt.ENTRIES
+CATALOGUE: dict[str, Entry] = logits.ENTRIES | features.ENTRIES | relations.ENTRIES | combined.ENTRIES
 
 SOURCES = {
   "r": "RepDistiller's scripts",
@@ -26,6 +26,14 @@ SOURCES = {
   "n": "NKD",
   "v": "SimKD",
   "y": "MGD",
+  "a": "ABKD",
+  "o": "OFA",
+  "p": "WTTM",
+  "q": "SEED",
+  "u": "RLD",
+  "w": "WKD",
+  "z": "DINOv3",
+  "x": "mmrazor's configurations",
 }
 
 # Public in kdflax.losses, and no method.

@@ -3,7 +3,7 @@
 import functools
 
 from kdflax import losses
-from kdflax.methods import activations, features, heads, products
+from kdflax.methods import activations, dense, features, heads, products
 from kdflax.methods.catalogue.entry import Entry
 from kdflax.methods.outputs import of_embeddings
 
@@ -61,6 +61,59 @@ ENTRIES: dict[str, Entry] = {
     weight=1e-3,
     setting=" for the last layer, halved for each before",
     source="m",
+  ),
+  "smooth_l1": Entry(
+    "Smooth L1 (Theia, UNIC, DUNE)",
+    losses.smooth_l1,
+    "feature maps, tokens or embedding; connector where widths or sizes differ",
+    _of(losses.smooth_l1),
+  ),
+  "log_distance": Entry(
+    "SRD",
+    losses.log_distance,
+    "feature maps, tokens or embedding; connector where widths or sizes differ",
+    _of(losses.log_distance, power=4.0),
+  ),
+  "log_sigmoid_cosine": Entry(
+    "DistilHuBERT, its cosine",
+    losses.log_sigmoid_cosine,
+    "hidden states or embedding; connector where widths differ",
+    _of(losses.log_sigmoid_cosine),
+  ),
+  # channels and positions
+  "channel_wise": Entry(
+    "CWD",
+    losses.channel_wise,
+    "feature maps or dense logits; connector where widths differ",
+    dense.cwd,
+    setting="10 at T = 1 for maps of detectors, 5 for the logits of segmentation",
+    source="x",
+  ),
+  "channel_correlation": Entry(
+    "PKD",
+    losses.channel_correlation,
+    "feature maps; connector where widths differ",
+    dense.pkd,
+    setting="6 for maps of detectors",
+    source="x",
+  ),
+  "token_similarity": Entry(
+    "Gram anchoring (DINOv3), structured KD",
+    losses.token_similarity,
+    "feature maps or tokens, of as many positions",
+    dense.gram_anchoring,
+    setting="up to 2, towards an earlier self",
+    source="z",
+  ),
+  "prototype_similarity": Entry("IFVD", losses.prototype_similarity, "feature maps, a class for each position"),
+  "wkd_features": Entry(
+    "WKD-F",
+    losses.wkd_features,
+    "feature maps; connector with BatchNorm",
+    dense.wkd_f,
+    weight=0.08,
+    setting=" with means times 4 within a family of networks; 0.3 between",
+    source="w",
   ),
   # attention maps
   "attention_transfer": Entry(

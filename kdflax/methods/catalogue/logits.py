@@ -3,7 +3,7 @@
 import functools
 
 from kdflax import losses
-from kdflax.methods import logits
+from kdflax.methods import logits, targets
 from kdflax.methods.catalogue.entry import Entry
 from kdflax.methods.outputs import of_logits
 
@@ -70,6 +70,42 @@ ENTRIES: dict[str, Entry] = {
     source="s",
     hard=0.1,
   ),
+  "bernoulli_kl": Entry(
+    "MLD, its logits",
+    losses.bernoulli_kl,
+    "logits of labels that do not exclude each other",
+    _of(losses.bernoulli_kl),
+  ),
+  "rld": Entry(
+    "RLD",
+    losses.rld,
+    "logits, labels",
+    targets.rld,
+    weight=1.0,
+    setting=" with alpha 1, beta 8, T = 4 and 1 for the top; warm-up of 20 epochs",
+    source="u",
+    warm_up=True,
+  ),
+  "wttm": Entry("WTTM", losses.wttm, "logits", targets.wttm, setting="4 with gamma 0.2, beside CRD", source="p"),
+  "ofa": Entry(
+    "OFA",
+    losses.ofa,
+    "logits, labels",
+    targets.ofa,
+    weight=1.0,
+    setting=" with epsilon 1, between architectures, at exits of the stages as well",
+    source="o",
+  ),
+  "wkd_logits": Entry(
+    "WKD-L",
+    losses.wkd_logits,
+    "logits, labels, the teacher's head for the costs",
+    targets.wkd_l,
+    weight=600.0,
+    setting=" at T = 8 with costs by CKA within a family of networks; 200 at T = 6 between",
+    source="w",
+  ),
+  "margin_mse": Entry("Margin MSE", losses.margin_mse, "scores of several items for each example"),
   # divergences
   "forward_kl": Entry(
     "Forward KL; GKD at beta 0",
@@ -113,5 +149,13 @@ ENTRIES: dict[str, Entry] = {
     _of(losses.jensen_shannon),
     setting=f"1{_LANGUAGE}",
     source="g",
+  ),
+  "alpha_beta": Entry(
+    "ABKD",
+    losses.alpha_beta,
+    "logits",
+    targets.abkd,
+    setting="alpha 0.8, beta 0.3 for language models",
+    source="a",
   ),
 }

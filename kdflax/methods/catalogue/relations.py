@@ -30,6 +30,7 @@ ENTRIES: dict[str, Entry] = {
     "embedding, of unit norm for the Gaussian kernel",
     relations.correlation_congruence,
   ),
+  "direction": Entry("SKD, its direction", losses.direction, "logits or embedding", _of(losses.direction)),
   # contrastive
   "crd": Entry(
     "CRD",
@@ -42,4 +43,12 @@ ENTRIES: dict[str, Entry] = {
     takes=("num_examples",),
   ),
   "info_nce": Entry("InfoNCE", losses.info_nce, "embeddings of one width", relations.info_nce),
+  "similarity_distribution": Entry(
+    "SEED, CompRess, CLIP-KD, RRD",
+    losses.similarity_distribution,
+    "embeddings of unit norm, a queue of keys",
+    contrast.seed,
+    setting="1, alone, with 65536 keys, on ImageNet",
+    source="q",
+  ),
 }
