@@ -59,14 +59,15 @@ def nuclear_norm(matrix: jax.Array, *, smoothing: float | jax.Array = 0.0, metho
     ValueError: for fewer than two axes, a dtype that is not real floating point, a smoothing whose shape does not
       broadcast, a concrete negative smoothing, or an unknown method.
 
-  Reference: Watson, "Characterization of the subdifferential of some matrix norms", 1992; Nakatsukasa and Higham,
-  "Stable and efficient spectral divide and conquer algorithms", 2013; Amsel, Persson, Musco and Gower, "The Polar
-  Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm", 2025, arXiv 2505.16932. Widely used
-  versions return an arbitrary orthonormal factor on the null space: of norm `sqrt(min(m, n))` at 0, where this one
-  returns 0.
+  Reference: G. Alistair Watson, "Characterization of the subdifferential of some matrix norms", Linear Algebra and its
+  Applications 1992; Yuji Nakatsukasa and Nicholas J. Higham, "Stable and efficient spectral divide and conquer
+  algorithms", SIAM Journal on Scientific Computing 2013; Noah Amsel, David Persson, Christopher Musco and Robert M.
+  Gower, "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm", 2025, arXiv
+  2505.16932. Widely used versions return an arbitrary orthonormal factor on the null space: of norm `sqrt(min(m, n))`
+  at 0, where this one returns 0.
   """
   if method not in METHODS:
-    raise ValueError(f"nuclear_norm: unknown method {method!r}; choose one of {', '.join(METHODS)}.")
+    raise ValueError(f"nuclear_norm: unknown method {method!r}; choose one of {', '.join(METHODS)}")
   matrix = _as_real("nuclear_norm", matrix)
   smoothed = not (isinstance(smoothing, int | float) and smoothing == 0)
   smoothing = _smoothing_like(matrix, smoothing)
@@ -96,8 +97,8 @@ def singular_value_threshold(matrix: jax.Array, threshold: float | jax.Array) ->
     ValueError: for fewer than two axes, a dtype that is not real floating point, a threshold whose shape does not
       broadcast, or a concrete negative threshold.
 
-  Reference: Cai, Candes and Shen, "A singular value thresholding algorithm for matrix completion", 2008, arXiv
-  0810.3286.
+  Reference: Jian-Feng Cai, Emmanuel J. Candès and Zuowei Shen, "A singular value thresholding algorithm for matrix
+  completion", 2008, arXiv 0810.3286.
   """
   wide = _as_real("singular_value_threshold", matrix)
   threshold = _smoothing_like(wide, threshold, "singular_value_threshold: threshold")
@@ -112,23 +113,23 @@ def _as_real(name: str, matrix: jax.Array) -> jax.Array:
   matrix = jnp.asarray(matrix)
   if matrix.ndim < 2:
     raise ValueError(
-      f"{name}: matrix must be [..., m, n], got shape {matrix.shape}; give a vector as one column [n, 1]."
+      f"{name}: matrix must be [..., m, n], got shape {matrix.shape}; give a vector as one column [n, 1]"
     )
   if not jnp.issubdtype(matrix.dtype, jnp.floating):
-    raise ValueError(f"{name}: matrix must be real floating point, got {matrix.dtype}; convert it first.")
+    raise ValueError(f"{name}: matrix must be real floating point, got {matrix.dtype}; convert it first")
   return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
 
 
 def _smoothing_like(matrix: jax.Array, smoothing, name: str = "nuclear_norm: smoothing") -> jax.Array:
   """The smoothing with the batch shape and the dtype of the matrix."""
   if isinstance(smoothing, int | float) and not smoothing >= 0:
-    raise ValueError(f"{name} must be at least 0, got {smoothing}.")
+    raise ValueError(f"{name} must be at least 0, got {smoothing}")
   smoothing = jnp.asarray(smoothing, matrix.dtype)
   batch = matrix.shape[:-2]
   if smoothing.ndim > len(batch) or any(
     have not in (1, want) for have, want in zip(smoothing.shape[::-1], batch[::-1], strict=False)
   ):
-    raise ValueError(f"{name} of shape {smoothing.shape} does not broadcast to the batch {batch} of the matrices.")
+    raise ValueError(f"{name} of shape {smoothing.shape} does not broadcast to the batch {batch} of the matrices")
   return jnp.broadcast_to(smoothing, batch)
 
 
@@ -212,4 +213,4 @@ def _svd(x):
 
 @_svd.defjvp
 def _svd_jvp(primals, tangents):
-  raise NotImplementedError("nuclear_norm has first and second derivatives, singular_value_threshold first ones only.")
+  raise NotImplementedError("nuclear_norm has first and second derivatives, singular_value_threshold first ones only")

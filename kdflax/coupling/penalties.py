@@ -49,8 +49,9 @@ def l2_coupling(task_params: Sequence[Any], projections: Projection | Sequence[P
     ValueError: for fewer than two tasks, a number of projections that is not T, or projected parameters that differ in
       structure or shape: both tasks, the leaf and the shapes are named.
 
-  Reference: Duong, Cohn, Bird and Cook, "Low resource dependency parsing: cross-lingual parameter sharing in a neural
-  network parser", 2015. The expanded form `T sum |Z_i|^2 - |sum Z_i|^2` loses all digits in float32 under an offset.
+  Reference: Long Duong, Trevor Cohn, Steven Bird and Paul Cook, "Low resource dependency parsing: cross-lingual
+  parameter sharing in a neural network parser", ACL 2015. The expanded form `T sum |Z_i|^2 - |sum Z_i|^2` loses all
+  digits in float32 under an offset.
   """
   total = jnp.zeros((), jnp.float32)
   for leaves in _task_leaves(task_params, projections):
@@ -90,8 +91,9 @@ def trace_norm_coupling(
   Raises:
     ValueError: as `l2_coupling` and `nuclear_norm` do.
 
-  Reference: Yang and Hospedales, "Trace norm regularised deep multi-task learning", 2016, arXiv 1606.04038, which
-  penalises the stacked parameters (`stacked_trace_norm`) and so also shrinks what the tasks share; differences do not.
+  Reference: Yongxin Yang and Timothy M. Hospedales, "Trace norm regularised deep multi-task learning", 2016, arXiv
+  1606.04038, which penalises the stacked parameters (`stacked_trace_norm`) and so also shrinks what the tasks share;
+  differences do not.
   """
   by_shape: dict[Any, list[jax.Array]] = {}
   for leaves in _task_leaves(task_params, projections):
@@ -134,18 +136,18 @@ def stacked_trace_norm(
   Raises:
     ValueError: for an unknown unfolding, a leaf of fewer than two axes, or one without that axis.
 
-  Reference: Yang and Hospedales, "Trace norm regularised deep multi-task learning", 2016, arXiv 1606.04038: LAF, Tucker
-  and tensor-train. The sub-gradient differs from its published code, which is not of least norm on deficient
-  unfoldings.
+  Reference: Yongxin Yang and Timothy M. Hospedales, "Trace norm regularised deep multi-task learning", 2016, arXiv
+  1606.04038: LAF, Tucker and tensor-train. The sub-gradient differs from its published code, which is not of least norm
+  on deficient unfoldings.
   """
   if unfolding not in _UNFOLDINGS:
-    raise ValueError(f"stacked_trace_norm: unknown unfolding {unfolding!r}; choose one of {', '.join(_UNFOLDINGS)}.")
+    raise ValueError(f"stacked_trace_norm: unknown unfolding {unfolding!r}; choose one of {', '.join(_UNFOLDINGS)}")
   total = jnp.zeros((), jnp.float32)
   for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
     if jnp.ndim(leaf) < 2:
       raise ValueError(
         f"stacked_trace_norm: leaf {_path(path)!r} has shape {jnp.shape(leaf)}; tasks are stacked on one of at least "
-        "two axes."
+        "two axes"
       )
     for matrix in _unfold(_tasks_last("stacked_trace_norm", jnp.asarray(leaf), task_axis), unfolding):
       total = total + nuclear_norm(after(matrix, total), smoothing=smoothing, method=method)
@@ -154,7 +156,7 @@ def stacked_trace_norm(
 
 def _tasks_last(name: str, leaf: jax.Array, task_axis: int) -> jax.Array:
   if not -leaf.ndim <= task_axis < leaf.ndim:
-    raise ValueError(f"{name}: a leaf of shape {leaf.shape} has no task axis {task_axis}.")
+    raise ValueError(f"{name}: a leaf of shape {leaf.shape} has no task axis {task_axis}")
   return jnp.moveaxis(leaf, task_axis, -1)
 
 
@@ -190,7 +192,7 @@ def select(pattern: str) -> Projection:
     leaves = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     kept = {path: leaf for path, leaf in leaves.items() if compiled.search(path)}
     if not kept:
-      raise ValueError(f"select: no leaf path matches {pattern!r}; the paths are {', '.join(leaves) or '(none)'}.")
+      raise ValueError(f"select: no leaf path matches {pattern!r}; the paths are {', '.join(leaves) or '(none)'}")
     return kept
 
   return project
@@ -212,7 +214,7 @@ def left_multiply(matrix: jax.Array) -> Projection:
     ValueError: when `matrix` is not a matrix, or when the projection is called and a leaf's rows do not fit.
   """
   if jnp.ndim(matrix) != 2:
-    raise ValueError(f"left_multiply: matrix must be [rows, m], got shape {jnp.shape(matrix)}.")
+    raise ValueError(f"left_multiply: matrix must be [rows, m], got shape {jnp.shape(matrix)}")
 
   def project(params: Any) -> Any:
     def multiply(path, leaf):
@@ -222,7 +224,7 @@ def left_multiply(matrix: jax.Array) -> Projection:
       if leaf.shape[0] != jnp.shape(matrix)[1]:
         raise ValueError(
           f"left_multiply: leaf {_path(path)!r} has {leaf.shape[0]} rows as a matrix, but the projection is "
-          f"{jnp.shape(matrix)}; it needs as many columns."
+          f"{jnp.shape(matrix)}; it needs as many columns"
         )
       return jnp.matmul(matrix, leaf, precision=jax.lax.Precision.HIGHEST)
 
@@ -269,11 +271,11 @@ def _task_leaves(task_params: Sequence[Any], projections: Projection | Sequence[
     )
   tasks = list(task_params)
   if len(tasks) < 2:
-    raise ValueError(f"coupling needs a sequence of at least 2 tasks' parameters, got {len(tasks)}.")
+    raise ValueError(f"coupling needs a sequence of at least 2 tasks' parameters, got {len(tasks)}")
   if projections is not None:
     projections = [projections] * len(tasks) if callable(projections) else list(projections)
     if len(projections) != len(tasks):
-      raise ValueError(f"projections: {len(projections)} for {len(tasks)} tasks; give one for each, or one callable.")
+      raise ValueError(f"projections: {len(projections)} for {len(tasks)} tasks; give one for each, or one callable")
     tasks = [project(params) for project, params in zip(projections, tasks, strict=True)]
   flat = [{_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(task)} for task in tasks]
   for task in range(1, len(tasks)):
@@ -289,13 +291,13 @@ def _check_alike(first: dict[str, Any], other: dict[str, Any], task: int) -> Non
     where = "0" if differing[0] in first else str(task)
     raise ValueError(
       f"coupling: the projected parameters of tasks 0 and {task} differ in structure: leaf {differing[0]!r} is only in "
-      f"task {where} ({len(differing)} such leaves). Couple a common part with `select`."
+      f"task {where} ({len(differing)} such leaves); couple a common part with `select`"
     )
   for path, leaf in first.items():
     if jnp.shape(leaf) != jnp.shape(other[path]):
       raise ValueError(
         f"coupling: leaf {path!r} has shape {jnp.shape(leaf)} in task 0 and {jnp.shape(other[path])} in "
-        f"task {task} after projection. Map them to a common shape with one projection for each task (`left_multiply`)."
+        f"task {task} after projection; map them to a common shape with one projection for each task (`left_multiply`)"
       )
 
 
@@ -339,11 +341,12 @@ def proximal_trace_norm(
   Raises:
     ValueError: for a concrete negative threshold, or by `update` without `params` or with a leaf without that axis.
 
-  Reference: Parikh and Boyd, "Proximal algorithms", 2014; Cai, Candes and Shen, 2008, arXiv 0810.3286. The pairwise
-  penalty of `trace_norm_coupling` has no closed proximal form for more than two tasks.
+  Reference: Neal Parikh and Stephen Boyd, "Proximal algorithms", Foundations and Trends in Optimization 2014; Jian-Feng
+  Cai, Emmanuel J. Candès and Zuowei Shen, "A singular value thresholding algorithm for matrix completion", 2008, arXiv
+  0810.3286. The pairwise penalty of `trace_norm_coupling` has no closed proximal form for more than two tasks.
   """
   if isinstance(threshold, int | float) and not threshold >= 0:
-    raise ValueError(f"proximal_trace_norm: threshold must be at least 0, got {threshold}.")
+    raise ValueError(f"proximal_trace_norm: threshold must be at least 0, got {threshold}")
 
   def init(params):
     del params
@@ -351,7 +354,7 @@ def proximal_trace_norm(
 
   def update(updates, state, params=None):
     if params is None:
-      raise ValueError("proximal_trace_norm: update needs the parameters; call update(updates, state, params).")
+      raise ValueError("proximal_trace_norm: update needs the parameters; call update(updates, state, params)")
     tau = threshold(state.count) if callable(threshold) else threshold
 
     def step(update, param):

@@ -152,7 +152,7 @@ def reused_head(
     ValueError: if the head has no kernel of two axes, `factor` leaves no channel, or the input has not four axes.
 
   Reference: Defang Chen, Jian-Ping Mei, Hailin Zhang, Can Wang, Yan Feng and Chun Chen, "Knowledge Distillation with
-  the Reused Teacher Classifier" (SimKD), 2022, arXiv 2203.14001.
+  the Reused Teacher Classifier", 2022, arXiv 2203.14001 (SimKD).
   """
   if "kernel" not in head_params or head_params["kernel"].ndim != 2:
     found = {name: jnp.shape(value) for name, value in head_params.items()}

@@ -67,7 +67,8 @@ def cgc(expert: Model, heads: Heads, *, shared_experts: int = 2, task_experts: i
   Raises:
     ValueError: as `ple`.
 
-  Reference: as `ple`.
+  Reference: Hongyan Tang, Junning Liu, Ming Zhao and Xudong Gong, "Progressive Layered Extraction (PLE): A Novel
+  Multi-Task Learning (MTL) Model for Personalized Recommendations", RecSys 2020.
   """
   return _extraction([expert], heads, shared_experts, task_experts, input, _softmax_gate)
 

@@ -33,7 +33,7 @@ def as_examples(where: jax.Array | None, *, lead: int | None = None, **arrays: j
   converted = {name: jnp.asarray(array) for name, array in arrays.items()}
   for name, array in converted.items():
     if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise ValueError(f"{name} must be floating; got {array.dtype}{list(array.shape)}. Cast it, e.g. to float32.")
+      raise ValueError(f"{name} must be floating; got {array.dtype}{list(array.shape)}; cast it, e.g. to float32")
     if array.ndim < (1 if lead is None else lead):
       raise ValueError(f"{name} needs at least {lead or 1} axes; got shape {array.shape}")
     if 0 in array.shape[-1 if lead is None else lead :]:

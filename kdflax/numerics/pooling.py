@@ -19,7 +19,9 @@ def adaptive_average_pool(x: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
     if n % m == 0:  # windows of one size side by side: no matrix is needed
       x = x.reshape(*x.shape[:axis], m, n // m, *x.shape[axis + 1 :]).mean(axis + 1)
     else:
-      pooled = jnp.tensordot(x, _pooling_matrix(n, m).astype(x.dtype), axes=(axis, 1), precision="highest")
+      pooled = jnp.tensordot(
+        x, _pooling_matrix(n, m).astype(x.dtype), axes=(axis, 1), precision=jax.lax.Precision.HIGHEST
+      )
       x = jnp.moveaxis(pooled, -1, axis)
   return x
 

@@ -11,7 +11,7 @@ def is_target(labels: jax.Array, logits: jax.Array, where: jax.Array | None) -> 
   """bool `[..., classes]`: which class is the label; masked examples have label 0."""
   labels = jnp.asarray(labels)
   if not jnp.issubdtype(labels.dtype, jnp.integer):
-    raise ValueError(f"labels must be integers; got {labels.dtype}{list(labels.shape)}. Take the argmax of one-hots.")
+    raise ValueError(f"labels must be integers; got {labels.dtype}{list(labels.shape)}; take the argmax of one-hots")
   check_same("leading (example) axes", student_logits=logits.shape[:-1], labels=labels.shape)
   return mask(labels, where)[..., None] == jnp.arange(logits.shape[-1])
 

@@ -101,17 +101,17 @@ def confidence_weighted(paths: Sequence[str], *, labels: str = "batch.label", te
   Raises:
     ValueError: if there is one teacher only, the temperature is not positive, or (when run) the shapes do not fit.
 
-  Reference: Hailin Zhang, Defang Chen and Can Wang, Confidence-Aware Multi-Teacher Knowledge Distillation, 2022,
+  Reference: Hailin Zhang, Defang Chen and Can Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation", 2022,
   arXiv 2201.00007. Their code averages the feature loss over the teachers as well, a factor 1 / K.
   """
   if len(paths) < 2:
-    raise ValueError(f"confidence_weighted compares teachers, so it needs two or more; got {list(paths)}.")
+    raise ValueError(f"confidence_weighted compares teachers, so it needs two or more; got {list(paths)}")
 
   def combine(logits, shares, temperature, label):
     if label.shape != logits.shape[1:-1] or label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
       raise ValueError(
         f"{labels!r} must be integers [batch] for logits [batch, classes];"
-        f" got {label.dtype}{list(label.shape)} for {list(logits.shape[1:])}."
+        f" got {label.dtype}{list(label.shape)} for {list(logits.shape[1:])}"
       )
     labelled = (label >= 0) & (label < logits.shape[-1])
     chosen = jnp.where(labelled, label, 0)[None, :, None]
@@ -144,13 +144,13 @@ def random_teacher(paths: Sequence[str], *, per: str = "example", weights: Weigh
     ValueError: as `average_logits`, if `per` is neither, or (when run) training gives no key.
   """
   if per not in ("example", "batch"):
-    raise ValueError(f"per must be 'example' or 'batch'; got {per!r}.")
+    raise ValueError(f"per must be 'example' or 'batch'; got {per!r}")
 
   def combine(logits, shares, temperature, *, train, key):
     if not train:
       return _as_mixture(logits, shares, temperature)
     if key is None:
-      raise ValueError("random_teacher draws a teacher; apply(train=True) needs a key.")
+      raise ValueError("random_teacher draws a teacher; apply(train=True) needs a key")
     batch = logits.shape[1]
     choice = jax.random.categorical(key, jnp.log(shares), shape=(batch,) if per == "example" else None)
     if per == "batch":
@@ -226,15 +226,15 @@ def subset_teachers(
       none, and as `average_probabilities`.
   """
   if len(classes) != len(paths):
-    raise ValueError(f"give the classes of every teacher: {len(paths)} paths, {len(classes)} lists of classes.")
+    raise ValueError(f"give the classes of every teacher: {len(paths)} paths, {len(classes)} lists of classes")
   maps = [_checked_classes(path, own, num_classes) for path, own in zip(paths, classes, strict=True)]
   counts = np.bincount(np.concatenate(maps), minlength=num_classes)
   shared, missing = np.flatnonzero(counts > 1).tolist(), np.flatnonzero(counts == 0).tolist()
   if shared and not overlap:
     owners = [path for path, own in zip(paths, maps, strict=True) if shared[0] in own]
-    raise ValueError(f"several teachers know the classes {shared} ({shared[0]}: {owners}); fix it or say overlap=True.")
+    raise ValueError(f"several teachers know the classes {shared} ({shared[0]}: {owners}); fix it or say overlap=True")
   if missing:
-    raise ValueError(f"no teacher knows the classes {missing}; the student would learn that they never occur.")
+    raise ValueError(f"no teacher knows the classes {missing}; the student would learn that they never occur")
 
   def place(*logits):
     return [_placed(*given, num_classes) for given in zip(paths, logits, maps, strict=True)]
@@ -248,9 +248,9 @@ def _ensemble(
   """A model that stacks logits to [teachers, batch, ..., classes] and combines them by weights [batch, teachers]."""
   paths = tuple(paths)
   if not paths:
-    raise ValueError("an ensemble needs at least one path of logits.")
+    raise ValueError("an ensemble needs at least one path of logits")
   if isinstance(temperature, int | float) and not temperature > 0:
-    raise ValueError(f"temperature must be positive; got {temperature}.")
+    raise ValueError(f"temperature must be positive; got {temperature}")
   given = () if callable(weights) else _checked_weights(paths, weights)
   others = {"labels": labels, "temperature": temperature if isinstance(temperature, str) else None}
   others |= {"step": "step" if callable(weights) or callable(temperature) else None}
@@ -263,7 +263,7 @@ def _ensemble(
     divisor = temperature(read["step"]) if callable(temperature) else read.get("temperature", temperature)
     stacked = _stack(paths, logits if place is None else place(*logits))
     if share.shape != (len(paths),):
-      raise ValueError(f"weights must be one number for each of {list(paths)}; got shape {list(share.shape)}.")
+      raise ValueError(f"weights must be one number for each of {list(paths)}; got shape {list(share.shape)}")
     shares = jnp.broadcast_to(_shares(share).astype(stacked.dtype), (stacked.shape[1], len(paths)))
     options = {"train": train, "key": key} if random else {}
     combined, shares = combine(stacked, shares, divisor, *([read["labels"]] if labels else []), **options)
@@ -305,16 +305,16 @@ def _along(shares: jax.Array, logits: jax.Array) -> jax.Array:
 def _stack(paths: Sequence[str], logits: Sequence[jax.Array]) -> jax.Array:
   shapes = {path: jnp.shape(z) for path, z in zip(paths, logits, strict=True)}
   if len(set(shapes.values())) > 1:
-    raise ValueError(f"teachers must agree on the shape of their logits; got {shapes}. Map classes with label_map.")
+    raise ValueError(f"teachers must agree on the shape of their logits; got {shapes}; map classes with label_map")
   if len(shapes[paths[0]]) < 2:
-    raise ValueError(f"logits must be [batch, ..., classes]; got {shapes}.")
+    raise ValueError(f"logits must be [batch, ..., classes]; got {shapes}")
   stacked = jnp.stack([jnp.asarray(z) for z in logits])
   return stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
 
 
 def _placed(path: str, logits: jax.Array, classes: np.ndarray, num_classes: int) -> jax.Array:
   if logits.shape[-1] != len(classes):
-    raise ValueError(f"{path!r} has {logits.shape[-1]} classes, and {len(classes)} are mapped: {classes.tolist()}.")
+    raise ValueError(f"{path!r} has {logits.shape[-1]} classes, and {len(classes)} are mapped: {classes.tolist()}")
   return jnp.full((*logits.shape[:-1], num_classes), -jnp.inf, logits.dtype).at[..., classes].set(logits)
 
 
@@ -322,19 +322,19 @@ def _checked_classes(path: str, classes: Sequence[int], num_classes: int) -> np.
   found = np.asarray(() if isinstance(classes, Mapping) else tuple(classes))  # of a mapping it would take the keys
   if found.ndim != 1 or not found.size or not np.issubdtype(found.dtype, np.integer):
     raise ValueError(
-      f"the classes of {path!r} must be a sequence of integers, one for each of its logits; got {classes!r}."
+      f"the classes of {path!r} must be a sequence of integers, one for each of its logits; got {classes!r}"
     )
   outside = found[(found < 0) | (found >= num_classes)].tolist()
   values, counts = np.unique(found, return_counts=True)
   if outside:
-    raise ValueError(f"the classes {outside} of {path!r} are not among the student's, 0 to {num_classes - 1}.")
+    raise ValueError(f"the classes {outside} of {path!r} are not among the student's, 0 to {num_classes - 1}")
   if counts.max() > 1:
-    raise ValueError(f"{path!r} maps two of its classes to the same one: {values[counts > 1].tolist()}.")
+    raise ValueError(f"{path!r} maps two of its classes to the same one: {values[counts > 1].tolist()}")
   return found
 
 
 def _checked_weights(paths: Sequence[str], weights: Sequence[float] | None) -> np.ndarray:
   given = np.ones(len(paths)) if weights is None else np.asarray(weights, np.float64)
   if given.shape != (len(paths),) or not (np.isfinite(given) & (given >= 0)).all() or not given.any():
-    raise ValueError(f"weights must be one number >= 0 for each of {list(paths)}, not all 0; got {weights}.")
+    raise ValueError(f"weights must be one number >= 0 for each of {list(paths)}, not all 0; got {weights}")
   return (given / given.sum()).astype(np.float64)

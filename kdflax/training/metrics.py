@@ -111,7 +111,7 @@ def multitask_improvement(
   Raises:
     ValueError: if names differ, or an entry of the baseline is 0.
 
-  Reference: Baijiong Lin and Yu Zhang, LibMTL: A Python Library for Multi-Task Learning, 2022, arXiv 2203.14338. It
+  Reference: Baijiong Lin and Yu Zhang, "LibMTL: A Python Library for Multi-Task Learning", 2022, arXiv 2203.14338. It
   divides by B, and so calls an improvement on a negative baseline (of R^2, say) a loss.
   """
   changes = _relative_changes(results, baseline, higher_is_better)
@@ -138,7 +138,8 @@ def delta_m(results: TaskMetrics, baseline: TaskMetrics, *, higher_is_better: Ma
   Raises:
     ValueError: if names differ, or an entry of the baseline is 0.
 
-  Reference: Aviv Navon et al., Multi-Task Learning as a Bargaining Game, 2022, arXiv 2202.01017.
+  Reference: Aviv Navon, Aviv Shamsian, Idan Achituve, Haggai Maron, Kenji Kawaguchi, Gal Chechik and Ethan Fetaya,
+  "Multi-Task Learning as a Bargaining Game", 2022, arXiv 2202.01017.
   """
   changes = _relative_changes(results, baseline, higher_is_better)
   per_metric = [value for change in changes.values() for value in change.values()]
@@ -178,7 +179,8 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, *, bins: 
   Raises:
     ValueError: if shapes or dtypes do not fit, there is no example or no bin, or a logit is NaN.
 
-  Reference: Guo et al., "On Calibration of Modern Neural Networks", 2017, arXiv 1706.04599.
+  Reference: Chuan Guo, Geoff Pleiss, Yu Sun and Kilian Q. Weinberger, "On Calibration of Modern Neural Networks", 2017,
+  arXiv 1706.04599.
   """
   logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
   _check_labels(logits, labels)
