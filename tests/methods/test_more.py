@@ -23,12 +23,13 @@ def test_wkd_moves_the_wrong_classes_at_costs_from_the_teachers_head():
   student, teacher = RANDOM.normal(size=(2, 6, 4))
   labels, head = np.arange(6) % 4, RANDOM.normal(size=(5, 4))
   settings = {"temperature": 2.0, "regularization": 0.1, "iterations": 5}
-  values = term.loss(student, teacher, labels, head, sharpen=1.5, **settings)
   cost = 1 - np.exp(-1.5 * (1 - unit(head.T) @ unit(head.T).T))
   wrong = [np.flatnonzero(np.arange(4) != label) for label in labels]
-  student, teacher = (np.stack([x[row, of] for row, of in enumerate(wrong)]) for x in (student, teacher))
-  expected = losses.wkd_logits(student, teacher, np.stack([cost[np.ix_(of, of)] for of in wrong]), **settings)
-  np.testing.assert_allclose(values, expected, rtol=1e-5)
+  left = [np.stack([x[row, of] for row, of in enumerate(wrong)]) for x in (student, teacher)]
+  with jax.enable_x64(True):
+    values = term.loss(student, teacher, labels, head, sharpen=1.5, **settings)
+    expected = losses.wkd_logits(*left, np.stack([cost[np.ix_(of, of)] for of in wrong]), **settings)
+  np.testing.assert_allclose(values, expected, rtol=1e-9)
 
 
 def test_the_true_class_of_wkd_is_a_cross_entropy_with_what_the_teacher_gives_it():
