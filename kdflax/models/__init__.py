@@ -14,6 +14,7 @@ from kdflax.models.convnet import convnet
 from kdflax.models.deep_connectors import paraphraser, reused_head, review_fusion, translator
 from kdflax.models.equinox_adapter import from_equinox
 from kdflax.models.experts import cgc, dselect_k, mmoe, ple
+from kdflax.models.low_rank import multi_task_low_rank, orthogonal_matrix
 from kdflax.models.mlp import mlp
 from kdflax.models.resnet import RESNETS, resnet
 from kdflax.models.sharing import cross_stitch, feature_sharing, hard_sharing, mtan, soft_sharing, task_head
@@ -39,6 +40,8 @@ __all__ = [
   "mlp",
   "mmoe",
   "mtan",
+  "multi_task_low_rank",
+  "orthogonal_matrix",
   "paraphraser",
   "ple",
   "resnet",

@@ -9,18 +9,23 @@ from kdflax.teachers.ensembles import (
   random_teacher,
   subset_teachers,
 )
+from kdflax.teachers.standardization import fusion_weights, phi_s, standardize, teacher_dropping
 from kdflax.teachers.store import read_record, record, recorded
 
 __all__ = [
   "average_logits",
   "average_probabilities",
   "confidence_weighted",
+  "fusion_weights",
   "label_map",
   "load_variables",
+  "phi_s",
   "random_teacher",
   "read_record",
   "record",
   "recorded",
   "save_variables",
+  "standardize",
   "subset_teachers",
+  "teacher_dropping",
 ]
