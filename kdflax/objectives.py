@@ -36,7 +36,8 @@ class Term:
       example) may always be given: it masks the mean, and goes to the loss as well if that has a keyword-only
       `where`, as kdflax's losses do. Any other loss sees zeros in place of masked examples, in every array from the
       context whose leading axes are those of `where`: whatever stands for a missing label there (NaN, -1) reaches
-      neither value nor gradient. Optax's `where` is positional and means classes; it is left alone.
+      neither value nor gradient. Optax's `where` is positional and means classes; it is left alone. The models see
+      masked examples as all others: the statistics of BatchNorm count them.
     weight: number >= 0, scalar array, or `optax.Schedule`. Where it is 0, the Term costs nothing and gives no gradient,
       even if its value or its derivative is not finite.
     stop_gradient: what gets no gradient through this Term. `"teacher"`, the default, is what the Term says is its
@@ -128,7 +129,7 @@ def _weighted_mean(
   """Returns the weighted mean of a Term, and its unweighted (sum, count)."""
   value, where = per_example(term, context, step, axis_name)
   mean = masked_mean(value, where, axis_name)
-  return _weighted(_weight(term, step), mean), jax.lax.stop_gradient(masked_sum(value, where, axis_name))
+  return weighted(at(term.weight, step), mean), jax.lax.stop_gradient(masked_sum(value, where, axis_name))
 
 
 def per_example(
@@ -149,23 +150,24 @@ def per_example(
   flowing = [name for name in arguments if isinstance(term.inputs.get(name), str) and name not in stopped]
   arguments |= {name: jax.lax.stop_gradient(arguments[name]) for name in stopped}
   loss = lambda inputs: jnp.asarray(term.loss(**(arguments | inputs)))
-  weight = _weight(term, step)
-  values = loss({name: _gated(weight, arguments[name]) for name in flowing})
+  weight = at(term.weight, step)
+  values = loss({name: gated(weight, arguments[name]) for name in flowing})
   return values, examples_of(where, values.ndim)  # which may count the positions of an example
 
 
-def _weight(term: Term, step: jax.Array | int) -> Any:
-  return term.weight(step) if callable(term.weight) else term.weight
+def at(value: Any, step: jax.Array | int) -> Any:
+  """The number at a step, from a number or a schedule."""
+  return value(step) if callable(value) else value
 
 
-def _weighted(weight: Any, mean: jax.Array) -> jax.Array:
+def weighted(weight: Any, mean: jax.Array) -> jax.Array:
   """The product, but 0 where the weight is, whatever the mean."""
   if isinstance(weight, int | float):
     return weight * mean if weight else jnp.zeros_like(mean)
   return jnp.where(weight == 0, 0, weight * mean)
 
 
-def _gated(weight: Any, arrays: Any) -> Any:
+def gated(weight: Any, arrays: Any) -> Any:
   """Arrays as they are, without a gradient where the weight is 0: 0 times a derivative that is not finite is NaN."""
   if isinstance(weight, int | float):
     return arrays

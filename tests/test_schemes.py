@@ -295,6 +295,19 @@ def hard_only(call, params, batch):
   return _ce(student["logits"], batch["label"]).mean()
 
 
+def in_parts(call, params, batch):
+  """The sum over the whole batch: half of it has labels."""
+  teacher, student = (o["logits"] for o in _outputs(call, params, ("teacher", "student"), batch))
+  return _ce(student, batch["label"])[:4].mean() + _kl(student, teacher).mean()
+
+
+def near_the_start(call, params, batch):
+  (student,) = _outputs(call, params, ("student",), batch)
+  moved = jax.tree.map(lambda a, b: jnp.square(a - b).sum(), params["student"], call.frozen["start"][0])
+  all_params = sum(jax.tree.leaves(moved))
+  return _ce(student["logits"], batch["label"]).mean() + 0.3 * moved["head"]["kernel"] + 0.1 * all_params
+
+
 def contrastive(call, params, batch):
   teacher, student = _outputs(call, params, ("teacher", "student"), batch)
   key = training.named_key(jax.random.fold_in(call.before.key, STEP), "crd")
@@ -362,6 +375,8 @@ SCHEMES = {
   "Schedules of weights and temperatures": schedules,
   "Curriculum temperature": curriculum,
   "A training before the student's": factor_transfer,
+  "A large batch in parts": in_parts,
+  "Params in the objective": near_the_start,
   "Freezing and unfreezing by path": hard_only,
   "Contrastive distillation with its memory": contrastive,
   "A teacher known by its content": soft_only,

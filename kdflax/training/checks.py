@@ -1,5 +1,6 @@
 """What a learner refuses, and how it says so: settings when they are made, the rest before the first step."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from kdflax.model import Model, PyTree, Variables
 from kdflax.objectives import Term, compares_examples, is_watched, stopped_arguments
 from kdflax.training.forward import RESERVED, models_at, models_read
 from kdflax.training.state import Average, Penalty, TrainState
+
+_LOG = logging.getLogger(__name__)
+_ACCUMULATING = {optax.MultiStepsState: "optax.MultiSteps", optax.ApplyEvery: "optax.apply_every"}
 
 
 def checked_models(models: Mapping[str, Model]) -> dict[str, Model]:
@@ -142,9 +146,10 @@ def check_optimizer(optimizer: Any, opt_state: PyTree, params: PyTree) -> None:
 def check_accumulates(
   opt_state: PyTree, terms: Mapping[str, Term], averages: Mapping[str, Average], balanced: bool
 ) -> None:
-  """Refuses `optax.MultiSteps` where the mean of small updates is not the update of the large batch."""
-  holds = lambda node: isinstance(node, optax.MultiStepsState)
-  if not any(map(holds, jax.tree.leaves(opt_state, is_leaf=holds))):
+  """Refuses an optimizer that accumulates where the mean of small updates is not the update of the large batch."""
+  holds = lambda node: isinstance(node, tuple(_ACCUMULATING))
+  found = [node for node in jax.tree.leaves(opt_state, is_leaf=holds) if holds(node)]
+  if not found:
     return
   weighed = {name: term for name, term in terms.items() if not is_watched(term)}
   wrong = {
@@ -157,8 +162,21 @@ def check_accumulates(
   if wrong:
     named = ", ".join(f"{what} {names}" for what, names in wrong.items())
     raise ValueError(
-      f"optax.MultiSteps gives another update than the large batch does, for {named}; give the step the large batch,"
-      " and make_learner the optimizer without it and accumulate=n (relations need the large batch at once)"
+      f"{_ACCUMULATING[type(found[0])]} gives another update than the large batch does, for {named}; give the step the"
+      " large batch, and make_learner the optimizer without it and accumulate=n (relations need all examples at once)"
+    )
+
+
+def warn_of_masked_statistics(terms: Mapping[str, Term], states: Mapping[str, PyTree]) -> None:
+  """Warns where examples that no Term sees, such as padding, enter the running statistics of a model."""
+  masks = {str(term.inputs.get("where")) for term in terms.values() if not is_watched(term)}
+  numbers = [name for name, state in states.items() if any(map(_is_float, jax.tree.leaves(state)))]
+  if numbers and len(masks) == 1 and masks != {"None"}:
+    _LOG.warning(
+      "every term leaves out what %s masks, but the models see it: if %s normalise by statistics of a batch, as"
+      " BatchNorm does, these count masked examples; fill their rows with copies of others, or drop them",
+      next(iter(masks)),
+      numbers,
     )
 
 
@@ -185,6 +203,10 @@ def check_models_learn(models: Mapping[str, Model], terms: Mapping[str, Term], t
     raise ValueError(
       f"no term trains {idle}; give init and step what is not to be trained as frozen, {{{idle[0]!r}: (params, state)}}"
     )
+
+
+def _is_float(leaf: Any) -> bool:
+  return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _paths(term: Term) -> dict[str, str]:

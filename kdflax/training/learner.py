@@ -13,13 +13,13 @@ from kdflax import balancing
 from kdflax.model import Model, PyTree, Variables, named_key
 from kdflax.numerics.examples import AxisName
 from kdflax.numerics.trees import merge, partition
-from kdflax.objectives import Metrics, Term, evaluate
+from kdflax.objectives import Metrics, Term, at, evaluate
 from kdflax.training import checks
 from kdflax.training.forward import init_models, run_fixed, run_trained, start_context
 from kdflax.training.mesh import replicated
 from kdflax.training.passes import Passes, Rows, pass_in_parts, pass_whole, split_batch
 from kdflax.training.state import Average, Penalty, TrainState
-from kdflax.training.update import at, followed, follower, over_devices, penalize, unless_spoilt, widened
+from kdflax.training.update import followed, follower, over_devices, penalize, unless_spoilt, widened
 
 Balancing = balancing.Balancer | balancing.Combiner | None
 
@@ -185,6 +185,7 @@ def _init(program: _Program, key: jax.Array, data: PyTree, frozen: Variables | N
     checks.check_models_learn(models, program.terms, [name for name in trained if jax.tree.leaves(params[name])])
   opt_state = program.optimizer.init(params)
   checks.check_optimizer(program.optimizer, opt_state, params)
+  checks.warn_of_masked_statistics(program.terms, {name: states[name] for name in trained})
   checks.check_accumulates(opt_state, program.terms, averages, program.balancer is not None)
   state = TrainState(
     jnp.int32(0),
@@ -292,7 +293,9 @@ def _row_metrics(program: _Program, update: balancing.RowsUpdate) -> Metrics:
   }
 
 
-def make_train_step(learner: Learner, *, mesh: Mesh | None = None, steps_per_call: int = 1) -> Callable:
+def make_train_step(
+  learner: Learner, *, mesh: Mesh | None = None, steps_per_call: int = 1
+) -> Callable[..., tuple[TrainState, Metrics]]:
   """Compiles a learner's step: one jitted function that donates the state it is given.
 
   Args:
@@ -305,7 +308,7 @@ def make_train_step(learner: Learner, *, mesh: Mesh | None = None, steps_per_cal
     `step(state, data, frozen=None) -> (state, metrics)`, the metrics added up over the updates of the call.
   """
 
-  def call(state, data, *frozen):
+  def call(state: TrainState, data: PyTree, *frozen: Variables | None) -> tuple[TrainState, Metrics]:
     if steps_per_call == 1:
       return learner.step(state, data, *frozen)
     state, metrics = jax.lax.scan(lambda s, _: learner.step(s, data, *frozen), state, length=steps_per_call)

@@ -6,17 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from kdflax.model import PyTree
 from kdflax.numerics.examples import AxisName
-from kdflax.objectives import Metrics
+from kdflax.objectives import Metrics, at, gated, weighted
 from kdflax.training.state import Average, Penalty, TrainState
-
-
-def at(value: float | jax.Array | optax.Schedule, step: jax.Array) -> Any:
-  """The number at a step, from a number or a schedule."""
-  return value(step) if callable(value) else value
 
 
 def penalize(
@@ -25,8 +19,9 @@ def penalize(
   """Returns the weighted sum of the penalties, its gradient, and the metrics of each without its weight."""
 
   def total(params: dict[str, PyTree]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    costs = {name: penalty.function(params) for name, penalty in penalties.items()}
-    return jnp.sum(jnp.stack([at(penalties[name].weight, step) * cost for name, cost in costs.items()])), costs
+    weights = {name: at(penalty.weight, step) for name, penalty in penalties.items()}
+    costs = {name: penalty.function(gated(weights[name], params)) for name, penalty in penalties.items()}
+    return jnp.sum(jnp.stack([weighted(weights[name], cost) for name, cost in costs.items()])), costs
 
   (value, costs), slope = jax.value_and_grad(total, has_aux=True)(params)
   return value, slope, {name: (cost, jnp.ones(())) for name, cost in costs.items()}

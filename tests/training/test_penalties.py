@@ -51,3 +51,17 @@ def test_bad_penalties_are_named():
   vector = training.Penalty(lambda params: jnp.stack([coupling(params)] * 2))
   with pytest.raises(ValueError, match=r"'c' must return a scalar, it has shape \(2,\)"):
     training.make_learner(MODEL, TERMS, optax.sgd(1.0), penalties={"c": vector}).init(jax.random.key(0), BATCH)
+
+
+@pytest.mark.parametrize("weight", [0, jnp.zeros(()), lambda step: 0.0 * step], ids=["number", "array", "schedule"])
+def test_a_penalty_of_weight_zero_is_zero_whatever_it_multiplies(weight):
+  """Neither 0 times inf nor 0 times the derivative of a root at 0."""
+  root = lambda params: jnp.sqrt(jnp.square(0 * params["net"]["task"]["a"]["head"]["linear"]["kernel"]).sum())
+  penalties = {
+    "infinite": training.Penalty(lambda params: jnp.inf * coupling(params), weight),
+    "root": training.Penalty(root, weight),
+  }
+  _, plain, _ = update()
+  _, penalised, metrics = update(penalties=penalties)
+  jax.tree.map(np.testing.assert_array_equal, penalised, plain)
+  assert metrics["root"] == (0, 1)

@@ -137,10 +137,30 @@ def test_accumulation_by_optax_is_refused_where_it_is_another_update(terms, opti
   network = NETWORK | ({"mean": NETWORK["student"]} if "averages" in options else {})
   batch = BATCH | {"where": np.array([True, False, True, True])}
   optimizer = optax.MultiSteps(optax.adam(0.1), 2)
-  for wrapped in (optimizer, optax.chain(optax.clip(1.0), optimizer.gradient_transformation())):
-    learner = training.make_learner(network, terms, wrapped, **options)
-    with pytest.raises(ValueError, match=rf"optax.MultiSteps gives another update.*{named}.*the large batch"):
-      learner.init(jax.random.key(0), batch)
+  wrapped = {
+    "MultiSteps": [optimizer, optax.chain(optax.clip(1.0), optimizer.gradient_transformation())],
+    "apply_every": [optax.chain(optax.apply_every(2), optax.sgd(0.1))],
+  }
+  for name, optimizers in wrapped.items():
+    for accumulating in optimizers:
+      learner = training.make_learner(network, terms, accumulating, **options)
+      with pytest.raises(ValueError, match=rf"optax.{name} gives another update.*{named}.*large batch.*accumulate=n"):
+        learner.init(jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize(
+  ("network", "terms", "warns"),
+  [
+    ({"student": models.convnet((2,), 2)}, {"hard": MASKED}, True),
+    ({"student": models.convnet((2,), 2)}, {"hard": MASKED, "all": HARD}, False),
+    (NETWORK, {"hard": MASKED}, False),
+  ],
+  ids=["padding", "missing labels", "no statistics"],
+)
+def test_padding_that_enters_statistics_is_warned_of(network, terms, warns, caplog):
+  batch = _images() | {"where": np.array([True, True, True, False])}
+  training.make_learner(network, terms, optax.sgd(0.1)).init(jax.random.key(0), batch)
+  assert ("every term leaves out what batch.where masks" in caplog.text) == warns
 
 
 def test_accumulation_by_optax_is_fine_for_means_over_examples():
