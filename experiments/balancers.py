@@ -1,60 +1,16 @@
-"""Every balancer of kdflax by the name of its paper, with the settings of that paper."""
+"""The balancers that the studies compare, and one program for many of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from kdflax import balancing as b
 
-Made = b.Balancer | b.Combiner
-_ADAM = optax.adam(0.025)  # for the numbers that a balancer learns
-
-
-def _gramian(weighting: Callable, **settings) -> Callable[[int, int], Made]:
-  return lambda tasks, steps: b.from_weighting(partial(weighting, **settings))
-
-
-BALANCERS: dict[str, Callable[[int, int], Made]] = {  # (number of tasks, number of steps) -> balancer
-  # From the losses alone.
-  "random weights": lambda tasks, steps: b.random_weights(),
-  "DWA": lambda tasks, steps: b.dynamic_weight_average(steps_per_epoch=max(steps // 30, 1)),
-  "uncertainty": lambda tasks, steps: b.uncertainty(optimizer=_ADAM),
-  "IMTL-L": lambda tasks, steps: b.imtl_l(optimizer=_ADAM),
-  "geometric": lambda tasks, steps: b.geometric(),
-  "FAMO": lambda tasks, steps: b.famo(),
-  "smooth Tchebycheff": lambda tasks, steps: b.smooth_tchebycheff(
-    warmup_steps=max(steps // 10, 1), nadir_steps=max(steps // 20, 1)
-  ),
-  "PBI": lambda tasks, steps: b.pbi(jnp.ones(tasks)),
-  "COSMOS": lambda tasks, steps: b.cosmos(jnp.ones(tasks) / tasks),
-  # From the Gramian of the tasks' gradients.
-  "GradNorm": lambda tasks, steps: b.grad_norm(optimizer=_ADAM),
-  "GradVac": lambda tasks, steps: b.grad_vac(),
-  "PCGrad": lambda tasks, steps: b.from_weighting(b.pcgrad, random_order=True),
-  "MGDA": _gramian(b.mgda),
-  "CAGrad": _gramian(b.cagrad),
-  "IMTL-G": _gramian(b.imtl_g),
-  "Nash-MTL": _gramian(b.nash_mtl),
-  "FairGrad": _gramian(b.fair_grad, alpha=2.0),
-  "Aligned-MTL": _gramian(b.aligned_mtl),
-  "UPGrad": _gramian(b.upgrad),
-  "DualProj": _gramian(b.dual_projection),
-  "ConFIG": _gramian(b.conflict_free),
-  "Krum": _gramian(b.krum, num_byzantine=0),
-  "smoothed UPGrad": lambda tasks, steps: b.smoothed(b.from_weighting(b.upgrad)),
-  # From the gradients themselves.
-  "DB-MTL": lambda tasks, steps: b.db_mtl(),
-  "MoCo": lambda tasks, steps: b.moco(),
-  "ExcessMTL": lambda tasks, steps: b.excess_mtl(),
-  "GradDrop": lambda tasks, steps: b.from_function(b.grad_drop, needs_key=True),
-  "trimmed mean": lambda tasks, steps: b.from_function(partial(b.trimmed_mean, trim=1)),
-}
-
-NEED_THREE_TASKS = ("Krum", "trimmed mean")
+# By the name of the paper, `(number of tasks, number of steps) -> balancer`. All are compared with constant weights.
+BALANCERS = {name: entry.build for name, entry in b.CATALOGUE.items() if entry.function is not b.fixed}
+NEED_THREE_TASKS = tuple(name for name, entry in b.CATALOGUE.items() if entry.least > 2)
 
 
 def one_of(made: Sequence[Any], index: jax.Array) -> Any:
@@ -74,6 +30,6 @@ def one_of(made: Sequence[Any], index: jax.Array) -> Any:
 
   init = lambda like: tuple(one.init(like) for one in made)
   needs_key = any(one.needs_key for one in made)
-  if isinstance(made[0], b.Combiner):
+  if made[0].needs == "gradients":
     return b.Combiner(init, update, needs_key)
   return b.Balancer(init, update, any(one.needs_gramian for one in made), needs_key)

@@ -208,7 +208,7 @@ def balancers_of(config: Config, work: Work) -> list[dict[str, Any]]:
   tasks, steps = len(work.problem.tasks), work.settings.steps
   names = [name for name in config.balancers if tasks > 2 or name not in NEED_THREE_TASKS]
   made = {"hard": balancing.fixed(1.0)} | {name: BALANCERS[name](tasks, steps) for name in names}
-  combines = {name: isinstance(balancer, balancing.Combiner) for name, balancer in made.items()}
+  combines = {name: balancer.needs == "gradients" for name, balancer in made.items()}
   groups = [{name: made[name] for name in made if combines[name] is kind} for kind in (False, True)]
   return [group for group in groups if group]
 

@@ -1,20 +1,23 @@
 """Balancing several tasks: weights from losses and gradients, each method one function."""
 
 from kdflax.balancing.balancer import Balancer, joint_loss, smoothed
+from kdflax.balancing.catalogue import CATALOGUE, Entry
 from kdflax.balancing.combiner import Combiner, from_balancer, from_function
 from kdflax.balancing.from_gradients import db_mtl, excess_mtl, grad_drop, moco, trimmed_mean
-from kdflax.balancing.from_gramian import from_weighting, grad_norm, grad_vac
+from kdflax.balancing.from_gramian import from_weighting, grad_norm, grad_vac, pcd
 from kdflax.balancing.from_losses import (
   cosmos,
   dynamic_weight_average,
   famo,
   fixed,
+  from_loss_weighting,
   geometric,
   imtl_l,
   pbi,
   random_weights,
   smooth_tchebycheff,
   uncertainty,
+  uw_so,
 )
 from kdflax.balancing.gradients import (
   combine,
@@ -30,8 +33,10 @@ from kdflax.balancing.shares import aligned_mtl, conflict_free, fair_grad, imtl_
 from kdflax.balancing.weightings import cagrad, dual_projection, krum, mgda, pcgrad, random_order, upgrad
 
 __all__ = [
+  "CATALOGUE",
   "Balancer",
   "Combiner",
+  "Entry",
   "Pullback",
   "RowsUpdate",
   "aligned_mtl",
@@ -49,6 +54,7 @@ __all__ = [
   "fixed",
   "from_balancer",
   "from_function",
+  "from_loss_weighting",
   "from_weighting",
   "geometric",
   "grad_drop",
@@ -65,6 +71,7 @@ __all__ = [
   "moco",
   "nash_mtl",
   "pbi",
+  "pcd",
   "pcgrad",
   "per_group",
   "random_order",
@@ -77,4 +84,5 @@ __all__ = [
   "uncertainty",
   "update_rows",
   "upgrad",
+  "uw_so",
 ]

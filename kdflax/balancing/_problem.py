@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 
 class Problem(NamedTuple):
@@ -21,12 +20,12 @@ class Problem(NamedTuple):
 def check_gramian(gramian: jax.Array, present: jax.Array | None = None, num_tasks: int | None = None) -> None:
   """Raise ValueError unless `gramian` is `[T, T]` and `present` is `[T]` bool."""
   if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or not gramian.shape[0]:
-    raise ValueError(f"gramian must be square, [T, T], and not empty; got shape {gramian.shape}. For groups, use vmap.")
+    raise ValueError(f"gramian must be square, [T, T], and not empty; got shape {gramian.shape}; for groups, use vmap")
   tasks = gramian.shape[0]
   if num_tasks is not None and num_tasks != tasks:
-    raise ValueError(f"gramian has shape {gramian.shape} but there are {num_tasks} tasks.")
+    raise ValueError(f"gramian has shape {gramian.shape} but there are {num_tasks} tasks")
   if jnp.issubdtype(gramian.dtype, jnp.complexfloating):
-    raise ValueError(f"gramian must be real; got dtype {gramian.dtype}.")
+    raise ValueError(f"gramian must be real; got dtype {gramian.dtype}")
   if present is not None:
     check_present(present, tasks)
 
@@ -36,7 +35,7 @@ def check_present(present: jax.Array, num_tasks: int) -> None:
   if jnp.shape(present) != (num_tasks,) or jnp.asarray(present).dtype != jnp.bool_:
     raise ValueError(
       f"present must be bool of shape ({num_tasks},), one entry for each task; "
-      f"got {jnp.asarray(present).dtype} of shape {jnp.shape(present)}."
+      f"got {jnp.asarray(present).dtype} of shape {jnp.shape(present)}"
     )
 
 
@@ -75,10 +74,10 @@ def preferred(problem: Problem, preference: jax.Array | None) -> jax.Array:
   if preference is None:
     return jnp.where(problem.present, 1 / problem.num_present, 0).astype(problem.norms.dtype)
   if jnp.shape(preference) != (tasks,):
-    raise ValueError(f"preference must have shape ({tasks},), one entry for each task; got {jnp.shape(preference)}.")
+    raise ValueError(f"preference must have shape ({tasks},), one entry for each task; got {jnp.shape(preference)}")
   return jnp.where(problem.present, jnp.asarray(preference, problem.norms.dtype), 0)
 
 
 def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
   """Multiply a matrix or a vector with a vector; accelerators would round the factors of a float32 product."""
-  return jnp.matmul(matrix, vector, precision=lax.Precision.HIGHEST)
+  return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)

@@ -116,7 +116,8 @@ def rounding(weights: jax.Array) -> jax.Array:
 def _cone_projection(cosines: jax.Array, task: jax.Array, linear: jax.Array, margin: jax.Array) -> jax.Array:
   """Weights of the vector nearest to `task @ unit rows` whose product with every unit row is at least the margin.
 
-  Minimises `|J'(task + z)|^2 / 2 - margin sum z` over `z >= 0`; `linear = cosines @ task`.
+  Minimises `|J'(task + z)|^2 / 2 - margin . z` over `z >= 0`, with `linear = cosines @ task`. The margin is a number,
+  or one for each row.
   """
   size = linear.shape[0]
   table = jnp.concatenate([cosines, (linear - margin)[:, None]], axis=1)
@@ -125,8 +126,32 @@ def _cone_projection(cosines: jax.Array, task: jax.Array, linear: jax.Array, mar
   refined = _refine(state, cosines, linear - margin, state.x)
   z = jnp.stack([jnp.where(state.inside, jnp.maximum(refined, 0), 0), state.x])
   # With near-dependent rows in the working set the refinement may lose more than it gains; keep the better of the two.
-  smallest = jnp.minimum((matvec(z, cosines) + linear).min(1), margin / 2)
+  smallest = jnp.minimum((matvec(z, cosines) + linear - margin / 2).min(1), 0)
   return task + jnp.where(smallest[0] >= smallest[1], z[0], z[1])
+
+
+def progress_projection(cosines: jax.Array, linear: jax.Array, progress: jax.Array) -> jax.Array:
+  """Coefficients of the least that must be added to a vector so that its product with every unit row is large enough.
+
+  Minimises `|z @ unit rows|^2 / 2` over z under `unit_i . (vector + z @ unit rows) >= progress_i`; z is non-negative.
+  Where no vector has such products, neither has the result.
+
+  Args:
+    cosines: Gramian of unit rows, `[K, K]`.
+    linear: products of the unit rows with the vector, `[K]`.
+    progress: what they must be at least, `[K]`.
+
+  Returns:
+    z `[K]`.
+  """
+  if not linear.shape[0]:
+    return linear
+  return _cone_projection(cosines, jnp.zeros_like(linear), linear, progress)
+
+
+def is_noise(weights: jax.Array, squared_norm: jax.Array) -> jax.Array:
+  """Whether the squared norm of a combination of unit rows is rounding of their cosines."""
+  return squared_norm <= _noise(weights)
 
 
 def dual_cone_sum(cosines: jax.Array, tasks: jax.Array, factors: jax.Array) -> jax.Array:
@@ -204,7 +229,7 @@ def simplex_minimum(
       for constant, column in zip(constants.T, state.table[:, size + 1 :].T, strict=True)
     ]
     x = jnp.where(state.inside[:, None], jnp.stack(found, axis=1), 0)
-    residuals = jnp.matmul(border, x, precision=lax.Precision.HIGHEST) + constants
+    residuals = jnp.matmul(border, x, precision=jax.lax.Precision.HIGHEST) + constants
     return jnp.where(state.inside[:, None], x, residuals)
 
   def best_t(columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ no state ever becomes NaN.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,34 @@ from jax.core import Tracer
 
 from kdflax.balancing._problem import check_gramian, check_present
 from kdflax.balancing.gradients import losses_array, stack_losses
+from kdflax.model import PyTree
 
-PyTree = Any
+
+class Init(Protocol):
+  """`num_tasks -> state`."""
+
+  def __call__(self, num_tasks: int, /) -> PyTree: ...
+
+
+class Update(Protocol):
+  """`(losses [T], state) -> (weights [T], state)`; what it does not need may be left out."""
+
+  def __call__(
+    self,
+    losses: jax.Array,
+    state: PyTree,
+    /,
+    *,
+    gramian: jax.Array | None = None,
+    key: jax.Array | None = None,
+    present: jax.Array | None = None,
+  ) -> tuple[jax.Array, PyTree]: ...
+
+
+class Weighting(Protocol):
+  """`(losses [T] or Gramian [T, T], ..., present=...) -> weights [T]`."""
+
+  def __call__(self, *arrays: Any, **keywords: Any) -> jax.Array: ...
 
 
 class Balancer(NamedTuple):
@@ -33,8 +59,8 @@ class Balancer(NamedTuple):
   gradients task by task.
   """
 
-  init: Callable[[int], PyTree]
-  update: Callable[..., tuple[jax.Array, PyTree]]
+  init: Init
+  update: Update
   needs_gramian: bool = False
   needs_key: bool = False
 
@@ -48,8 +74,8 @@ class Inputs(NamedTuple):
   """What a method sees of one update."""
 
   losses: jax.Array  # [T], 1 where not usable
-  gramian: Any  # [T, T], or None where the method does not need it
-  key: Any
+  gramian: Any  # [T, T], None where it is not given, as to a method that does not need it
+  key: Any  # likewise
   usable: jax.Array  # [T] bool: present with a loss that the method can use
   num_usable: jax.Array  # at least 1
 
@@ -70,10 +96,10 @@ def joint_loss(losses: PyTree, weights: PyTree, *, present: jax.Array | None = N
   """
   names, given = jax.tree.structure(losses), jax.tree.structure(weights)
   if given != names and given.num_nodes > 1:
-    raise ValueError(f"weights must be [T] or a pytree like that of the losses, {names}; got {given}.")
+    raise ValueError(f"weights must be [T] or a pytree like that of the losses, {names}; got {given}")
   losses, weights = stack_losses(losses), stack_losses(weights, "weights")
   if weights.shape != losses.shape:
-    raise ValueError(f"weights must have shape {losses.shape}, one entry for each loss; got {weights.shape}.")
+    raise ValueError(f"weights must have shape {losses.shape}, one entry for each loss; got {weights.shape}")
   if present is not None:
     check_present(present, losses.shape[0])
     losses, weights = jnp.where(present, losses, 0), jnp.where(present, weights, 0)
@@ -88,8 +114,7 @@ def check_positive(losses: jax.Array, present: jax.Array, name: str) -> None:
     tasks = jnp.flatnonzero(~(losses > 0) & present).tolist()
   if tasks:
     raise ValueError(
-      f"{name} takes the logarithm of the losses, which must be positive; "
-      f"that of task {tasks[0]} is {losses[tasks[0]]}."
+      f"{name} takes the logarithm of the losses, which must be positive; that of task {tasks[0]} is {losses[tasks[0]]}"
     )
 
 
@@ -106,26 +131,33 @@ def make_balancer(
 
   def checked_init(num_tasks: int) -> PyTree:
     if num_tasks < 1:
-      raise ValueError(f"num_tasks must be at least 1; got {num_tasks}.")
+      raise ValueError(f"num_tasks must be at least 1; got {num_tasks}")
     return init(num_tasks)
 
-  def update(losses, state, *, gramian=None, key=None, present=None):
+  def update(
+    losses: jax.Array,
+    state: PyTree,
+    *,
+    gramian: jax.Array | None = None,
+    key: jax.Array | None = None,
+    present: jax.Array | None = None,
+  ) -> tuple[jax.Array, PyTree]:
     losses = losses_array(losses, name)
     if losses.ndim != 1 or not losses.shape[0]:
-      raise ValueError(f"{name}: losses must have shape (T,); got {losses.shape}.")
+      raise ValueError(f"{name}: losses must have shape (T,); got {losses.shape}")
     tasks = losses.shape[0]
     if needs_gramian and gramian is None:
       raise ValueError(
-        f"{name} needs the Gramian of the task gradients: update(losses, state, gramian=gramian(gradients))."
+        f"{name} needs the Gramian of the task gradients: update(losses, state, gramian=gramian(gradients))"
       )
     if needs_key and key is None:
-      raise ValueError(f"{name} draws random numbers: update(losses, state, key=key).")
+      raise ValueError(f"{name} draws random numbers: update(losses, state, key=key)")
     if gramian is not None:
       gramian = lax.stop_gradient(jnp.asarray(gramian))
       check_gramian(gramian, num_tasks=tasks)
     expected = jax.eval_shape(lambda: checked_init(tasks))
     if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, expected):
-      raise ValueError(f"{name}: the state does not belong to {tasks} tasks; make it with init({tasks}).")
+      raise ValueError(f"{name}: the state does not belong to {tasks} tasks; make it with init({tasks})")
     if present is None:
       present = jnp.ones(tasks, bool)
     check_present(present, tasks)
@@ -137,16 +169,22 @@ def make_balancer(
       usable &= losses > 0
     losses = jnp.where(usable, losses, 1)
     inputs = Inputs(losses, gramian, key, usable, jnp.maximum(usable.sum(), 1))
-    weights, moved = weigh(inputs, state)
-    moved = jax.tree.map(lambda new, old: jnp.asarray(new).astype(jnp.asarray(old).dtype), moved, state)
-    return jnp.where(usable, weights, 0).astype(losses.dtype), moved
+    weights, next_state = weigh(inputs, state)
+    next_state = jax.tree.map(lambda new, old: jnp.asarray(new).astype(jnp.asarray(old).dtype), next_state, state)
+    return jnp.where(usable, weights, 0).astype(losses.dtype), next_state
 
   return Balancer(checked_init, update, needs_gramian, needs_key)
 
 
-def stateless(name: str, weigh: Callable[[Inputs], jax.Array], **rules: bool) -> Balancer:
-  """Wrap a method whose state is empty; `rules` are those of `make_balancer`."""
-  return make_balancer(name, lambda num_tasks: optax.EmptyState(), lambda x, state: (weigh(x), state), **rules)
+def stateless(name: str, weigh: Callable[[Inputs], jax.Array], **options: bool) -> Balancer:
+  """Wrap a method whose state is empty; options as of `make_balancer`."""
+  return make_balancer(name, lambda num_tasks: optax.EmptyState(), lambda x, state: (weigh(x), state), **options)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+  """Return what messages call a function that may be a `functools.partial`."""
+  function = getattr(function, "func", function)
+  return getattr(function, "__name__", str(function))
 
 
 def shares_of(logits: jax.Array, where: jax.Array) -> jax.Array:
@@ -160,9 +198,7 @@ def shares_of(logits: jax.Array, where: jax.Array) -> jax.Array:
 def per_task(value: jax.Array | float, num_tasks: int, name: str) -> jax.Array:
   """Return `[T]` from a number or `[T]`."""
   if jnp.ndim(value) and jnp.shape(value) != (num_tasks,):
-    raise ValueError(
-      f"{name} must be a number or have shape ({num_tasks},), one for each task; got {jnp.shape(value)}."
-    )
+    raise ValueError(f"{name} must be a number or have shape ({num_tasks},), one for each task; got {jnp.shape(value)}")
   return jnp.broadcast_to(jnp.asarray(value, jnp.result_type(float)), (num_tasks,))
 
 
@@ -173,9 +209,7 @@ class LearnedState(NamedTuple):
   optimizer: optax.OptState
 
 
-def optimized(
-  value: jax.Array | float, optimizer: optax.GradientTransformation, name: str
-) -> tuple[Callable[[int], LearnedState], Callable[[jax.Array, LearnedState, jax.Array], LearnedState]]:
+def optimized(value: jax.Array | float, optimizer: optax.GradientTransformation, name: str):
   """Return `init` and `step` of numbers, one for each task, that an optimizer moves along a given gradient."""
 
   def init(num_tasks: int) -> LearnedState:
@@ -214,8 +248,8 @@ def smoothed(balancer: Balancer, *, decay: jax.Array | float | optax.Schedule = 
   Returns:
     A Balancer that needs what the other needs.
 
-  Reference:
-    Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS 2022.
+  Reference: Shiji Zhou, Wenpeng Zhang, Jiyan Jiang, Wenliang Zhong, Jinjie Gu and Wenwu Zhu, "On the Convergence of
+  Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS 2022.
   """
 
   def init(num_tasks: int) -> SmoothedState:

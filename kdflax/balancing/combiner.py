@@ -39,7 +39,7 @@ def check_inputs(
   losses = losses_array(losses, name)
   tasks = num_tasks(gradients)
   if losses.shape != (tasks,):
-    raise ValueError(f"{name}: losses must have shape ({tasks},) like the gradients; got {losses.shape}.")
+    raise ValueError(f"{name}: losses must have shape ({tasks},) like the gradients; got {losses.shape}")
   if present is None:
     present = jnp.ones(tasks, bool)
   check_present(present, tasks)
@@ -51,7 +51,7 @@ def usable_gradients(
 ) -> tuple[jax.Array, PyTree, jax.Array]:
   """Return wide losses, gradients with the rows of unusable tasks set to 0, and which tasks are usable."""
   if num_tasks(gradients) != tasks:
-    raise ValueError(f"{name}: the state is for {tasks} tasks, but the gradients are of {num_tasks(gradients)}.")
+    raise ValueError(f"{name}: the state is for {tasks} tasks, but the gradients are of {num_tasks(gradients)}")
   losses, present = check_inputs(losses, gradients, present, name)
   return losses, select_tasks(gradients, present), present
 
@@ -93,7 +93,7 @@ def from_function(function: Callable[..., PyTree], *, needs_key: bool = False) -
 
   def update(losses, gradients, state, *, key=None, present=None):
     if needs_key and key is None:
-      raise ValueError(f"{name} draws random numbers: update(losses, gradients, state, key=key).")
+      raise ValueError(f"{name} draws random numbers: update(losses, gradients, state, key=key)")
     _, present = check_inputs(losses, gradients, present, name)
     return function(gradients, *((key,) if needs_key else ()), present=present), state
 

@@ -39,13 +39,13 @@ def grad_drop(
   Raises:
     ValueError: leaves do not share their leading axis, or `leak` or `present` does not have one entry for each task.
 
-  Reference:
-    Chen et al., Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout, 2020, arXiv:2010.06808.
-    Mean over the tasks where TorchJD sums; on parameter gradients, where LibMTL drops on the representation.
+  Reference: Zhao Chen, Jiquan Ngiam, Yanping Huang, Thang Luong, Henrik Kretzschmar, Yuning Chai and Dragomir Anguelov,
+  "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout", 2020, arXiv 2010.06808. Mean over the
+  tasks where TorchJD sums; on parameter gradients, where LibMTL drops on the representation.
   """
   tasks = num_tasks(gradients)
   if jnp.ndim(leak) and jnp.shape(leak) != (tasks,):
-    raise ValueError(f"leak must be a number or have shape ({tasks},); got {jnp.shape(leak)}.")
+    raise ValueError(f"leak must be a number or have shape ({tasks},); got {jnp.shape(leak)}")
   if present is not None:
     check_present(present, tasks)
   count = tasks if present is None else jnp.maximum(present.sum(), 1)
@@ -81,12 +81,12 @@ def trimmed_mean(gradients: PyTree, *, trim: int, present: jax.Array | None = No
   Raises:
     ValueError: `trim` is negative or leaves no task, leaves do not share their leading axis, or `present` is not `[T]`.
 
-  Reference:
-    Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, 2018, arXiv:1803.01498.
+  Reference: Dong Yin, Yudong Chen, Kannan Ramchandran and Peter Bartlett, "Byzantine-Robust Distributed Learning:
+  Towards Optimal Statistical Rates", 2018, arXiv 1803.01498.
   """
   tasks = num_tasks(gradients)
   if trim < 0 or 2 * trim >= tasks:
-    raise ValueError(f"trim must satisfy 0 <= 2 trim < T; got trim = {trim} with T = {tasks} tasks.")
+    raise ValueError(f"trim must satisfy 0 <= 2 trim < T; got trim = {trim} with T = {tasks} tasks")
   if present is not None:
     check_present(present, tasks)
   count = tasks if present is None else present.sum()
@@ -155,13 +155,12 @@ def db_mtl(*, beta: float = 0.9, beta_sigma: float = 0.0) -> Combiner:
   Raises:
     ValueError: beta is known not to be in [0, 1).
 
-  Reference:
-    Lin et al., Dual-Balancing for Multi-Task Learning, 2023, arXiv:2308.12029. Mean where the authors sum, and the
-    running mean is corrected for its start at 0: without that the length grows by 1 / (1 - beta) over the first
-    updates.
+  Reference: Baijiong Lin, Weisen Jiang, Feiyang Ye, Yu Zhang, Pengguang Chen, Ying-Cong Chen, Shu Liu and James T.
+  Kwok, "Dual-Balancing for Multi-Task Learning", 2023, arXiv 2308.12029. Mean where the authors sum, and the running
+  mean is corrected for its start at 0: without that the length grows by 1 / (1 - beta) over the first updates.
   """
   if isinstance(beta, int | float) and not 0 <= beta < 1:
-    raise ValueError(f"db_mtl: beta, the share of a running mean that stays, must be in [0, 1); got {beta}.")
+    raise ValueError(f"db_mtl: beta, the share of a running mean that stays, must be in [0, 1); got {beta}")
 
   def update(losses, gradients, state, *, key=None, present=None):
     del key
@@ -208,12 +207,12 @@ def moco(
   Raises:
     ValueError: beta is known not to be in (0, 1].
 
-  Reference:
-    Fernando et al., Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent Approach, ICLR 2023.
-    LibMTL has a softmax where the paper projects, and multiplies unit gradients by the losses.
+  Reference: Heshan Fernando, Han Shen, Miao Liu, Subhajit Chaudhury, Keerthiram Murugesan and Tianyi Chen, "Mitigating
+  Gradient Bias in Multi-objective Learning: A Provably Convergent Approach", ICLR 2023. LibMTL has a softmax where the
+  paper projects, and multiplies unit gradients by the losses.
   """
   if isinstance(beta, int | float) and not 0 < beta <= 1:
-    raise ValueError(f"moco: beta, the rate of the running gradients, must be in (0, 1]; got {beta}.")
+    raise ValueError(f"moco: beta, the rate of the running gradients, must be in (0, 1]; got {beta}")
 
   def init(gradients: PyTree) -> MocoState:
     tasks = num_tasks(gradients)
@@ -271,9 +270,9 @@ def excess_mtl(*, learning_rate: float = 0.01) -> Combiner:
   Returns:
     A Combiner whose state holds a buffer of T gradients.
 
-  Reference:
-    He et al., Robust Multi-Task Learning with Excess Risks, ICML 2024, arXiv:2402.02009. Mean over the tasks where
-    LibMTL keeps a sum of T; there a zero gradient at the first update leaves NaN weights for ever.
+  Reference: Yifei He, Shiji Zhou, Guojun Zhang, Hyokun Yun, Yi Xu, Belinda Zeng, Trishul Chilimbi and Han Zhao, "Robust
+  Multi-Task Learning with Excess Risks", 2024, arXiv 2402.02009. Mean over the tasks where LibMTL keeps a sum of T;
+  there a zero gradient at the first update leaves NaN weights for ever.
   """
 
   def init(gradients: PyTree) -> ExcessState:

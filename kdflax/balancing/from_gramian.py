@@ -1,6 +1,5 @@
 """Balancers that look at the Gramian of the tasks' gradients: one backward pass for each task."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,20 +7,23 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from kdflax.balancing import weightings
+from kdflax.balancing import _solvers, weightings
 from kdflax.balancing._problem import checked_weights, matvec, normalise
 from kdflax.balancing.balancer import (
   Balancer,
   Inputs,
   LearnedState,
+  Weighting,
   make_balancer,
+  name_of,
   optimized,
+  per_task,
   shares_of,
   stateless,
 )
 
 
-def from_weighting(weighting: Callable[..., jax.Array], *, random_order: bool = False) -> Balancer:
+def from_weighting(weighting: Weighting, *, random_order: bool = False) -> Balancer:
   """Return a balancer that applies a weighting to the Gramian; its state is empty.
 
   Args:
@@ -32,14 +34,12 @@ def from_weighting(weighting: Callable[..., jax.Array], *, random_order: bool = 
   Returns:
     A Balancer that needs the Gramian, and with `random_order` a key.
   """
-  function = getattr(weighting, "func", weighting)
-  name = f"from_weighting({getattr(function, '__name__', function)})"
 
   def weigh(x: Inputs) -> jax.Array:
     order = (weightings.random_order(x.key, x.losses.shape[0]),) if random_order else ()
     return weighting(x.gramian, *order, present=x.usable)
 
-  return stateless(name, weigh, needs_gramian=True, needs_key=random_order)
+  return stateless(f"from_weighting({name_of(weighting)})", weigh, needs_gramian=True, needs_key=random_order)
 
 
 class GradNormState(NamedTuple):
@@ -67,8 +67,8 @@ def grad_norm(
   Returns:
     A Balancer that needs the Gramian (its diagonal).
 
-  Reference:
-    Chen et al., GradNorm: Gradient Normalization for Adaptive Loss Balancing, 2018, arXiv:1711.02257.
+  Reference: Zhao Chen, Vijay Badrinarayanan, Chen-Yu Lee and Andrew Rabinovich, "GradNorm: Gradient Normalization for
+  Adaptive Loss Balancing in Deep Multitask Networks", 2018, arXiv 1711.02257.
   """
   start, step = optimized(logits, optimizer, "grad_norm: logits")
 
@@ -114,8 +114,9 @@ def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
   Returns:
     A Balancer that needs the Gramian and a key.
 
-  Reference:
-    Wang et al., Gradient Vaccine, 2021, arXiv:2010.05874. LibMTL sums over the tasks where this takes the mean.
+  Reference: Zirui Wang, Yulia Tsvetkov, Orhan Firat and Yuan Cao, "Gradient Vaccine: Investigating and Improving
+  Multi-task Optimization in Massively Multilingual Models", 2021, arXiv 2010.05874. LibMTL sums over the tasks where
+  this takes the mean.
   """
 
   def init(num_tasks: int) -> GradVacState:
@@ -146,3 +147,68 @@ def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
     return checked_weights(p, jnp.where(p.valid, weights, 1 / p.num_present)), GradVacState(target)
 
   return make_balancer("grad_vac", init, weigh, needs_gramian=True, needs_key=True)
+
+
+class PcdState(NamedTuple):
+  """Running mean of the squared norms, and the sum of its coefficients."""
+
+  squares: jax.Array  # [T]
+  mass: jax.Array  # [T]
+
+
+def pcd(
+  *, tau: jax.Array | float = 0.02, beta: jax.Array | float = 0.999, epsilon: jax.Array | float = 1e-8
+) -> Balancer:
+  """Return a balancer that follows task 0 and lets every other task make at least some progress.
+
+  With `h_i = g_i / sqrt(v_i + epsilon)`, v the running mean of the squared norms corrected for its start at 0:
+
+    min |d - h_0|^2 / 2   under   h_j . d >= tau_j |h_j|^2 for j > 0,   then d |g_0| / |d|
+
+  The running means move first, then the weights are made. Where no such direction exists, or it is 0, the direction is
+  g_0. A task with a zero gradient asks for nothing; if it is task 0, or task 0 is absent, the weights are 0.
+
+  Args:
+    tau: share of its own gradient that each other task is promised, a number or `[T - 1]`; may be traced.
+    beta: share of the running means that stays, in [0, 1); may be traced.
+    epsilon: added to the running means, in their units; may be traced.
+
+  Returns:
+    A Balancer that needs the Gramian.
+
+  Raises:
+    ValueError: beta is known not to be in [0, 1), or (by init and update) tau has another shape.
+
+  Reference: Dara Varam and Mohamed I. AlHajri, "Not All Objectives Are Born Equal: Priority-Constrained Descent for
+  Hierarchical Multi-Objective Optimization", 2026, arXiv 2606.29521.
+  """
+  if isinstance(beta, int | float) and not 0 <= beta < 1:
+    raise ValueError(f"pcd: beta, the share of a running mean that stays, must be in [0, 1); got {beta}")
+
+  def promised(num_tasks: int) -> jax.Array:
+    return per_task(tau, num_tasks - 1, "pcd: tau")
+
+  def init(num_tasks: int) -> PcdState:
+    promised(num_tasks)
+    return PcdState(jnp.zeros(num_tasks), jnp.zeros(num_tasks))
+
+  def weigh(x: Inputs, state: PcdState) -> tuple[jax.Array, PcdState]:
+    p = normalise(x.gramian, x.usable)
+    stays = jnp.where(x.usable, beta, 1)
+    squares = stays * state.squares + (1 - stays) * jnp.where(x.usable, jnp.diagonal(x.gramian), 0)
+    mass = stays * state.mass + (1 - stays)
+    unit = jnp.sqrt(p.scale)  # of p.norms
+    lengths = jnp.where(p.valid, unit * p.norms / jnp.sqrt(squares / jnp.where(mass > 0, mass, 1) + epsilon), 0)
+    progress = promised(p.norms.shape[0]) * lengths[1:]
+    others = _solvers.progress_projection(p.cosines[1:, 1:], lengths[0] * p.cosines[1:, 0], progress)
+    direction = jnp.append(lengths[0], others)
+    products = matvec(p.cosines, direction)
+    squared_norm = matvec(direction, products)
+    missing = jnp.where(p.valid[1:], progress - products[1:], 0).max(initial=0)
+    exists = (missing <= _solvers.rounding(direction)) & ~_solvers.is_noise(direction, squared_norm)
+    scaled = direction * p.norms[0] * lax.rsqrt(jnp.where(exists, squared_norm, 1)) * p.inverse_norms
+    first = jnp.arange(p.norms.shape[0]) == 0
+    weights = jnp.where(exists, scaled, first) * p.valid[0]
+    return checked_weights(p, weights), PcdState(squares, mass)
+
+  return make_balancer("pcd", init, weigh, needs_gramian=True)

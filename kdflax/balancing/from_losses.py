@@ -7,16 +7,20 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from kdflax.balancing._problem import check_present
 from kdflax.balancing.balancer import (
   Balancer,
   Inputs,
   LearnedState,
+  Weighting,
   make_balancer,
+  name_of,
   optimized,
   per_task,
   shares_of,
   stateless,
 )
+from kdflax.balancing.gradients import losses_array
 
 
 def fixed(weights: jax.Array | float) -> Balancer:
@@ -44,9 +48,8 @@ def fixed(weights: jax.Array | float) -> Balancer:
 def random_weights() -> Balancer:
   """Return a balancer that draws `softmax(N(0, I))` at every update; needs a key.
 
-  Reference:
-    Lin et al., Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning, 2022,
-    arXiv:2111.10603.
+  Reference: Baijiong Lin, Feiyang Ye, Yu Zhang and Ivor W. Tsang, "Reasonable Effectiveness of Random Weighting: A
+  Litmus Test for Multi-Task Learning", 2022, arXiv 2111.10603.
   """
 
   def weigh(x: Inputs) -> jax.Array:
@@ -82,11 +85,11 @@ def dynamic_weight_average(*, temperature: jax.Array | float = 2.0, steps_per_ep
   Raises:
     ValueError: `steps_per_epoch` is below 1.
 
-  Reference:
-    Liu et al., End-to-End Multi-Task Learning with Attention, 2019, arXiv:1803.10704.
+  Reference: Shikun Liu, Edward Johns and Andrew J. Davison, "End-to-End Multi-Task Learning with Attention", 2019,
+  arXiv 1803.10704.
   """
   if steps_per_epoch < 1:
-    raise ValueError(f"steps_per_epoch must be at least 1; got {steps_per_epoch}.")
+    raise ValueError(f"steps_per_epoch must be at least 1; got {steps_per_epoch}")
 
   def init(num_tasks: int) -> WeightAverageState:
     zero, none, one = jnp.zeros(num_tasks), jnp.zeros(num_tasks, jnp.int32), jnp.ones(num_tasks)
@@ -125,9 +128,8 @@ def uncertainty(*, optimizer: optax.GradientTransformation, log_variance: jax.Ar
   Returns:
     A Balancer.
 
-  Reference:
-    Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, 2018, arXiv:1705.07115 (the regression form
-    for every task).
+  Reference: Alex Kendall, Yarin Gal and Roberto Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for
+  Scene Geometry and Semantics", 2018, arXiv 1705.07115. The regression form for every task.
   """
   init, step = optimized(log_variance, optimizer, "uncertainty: log_variance")
 
@@ -151,8 +153,8 @@ def imtl_l(*, optimizer: optax.GradientTransformation, log_scale: jax.Array | fl
   Returns:
     A Balancer.
 
-  Reference:
-    Liu et al., Towards Impartial Multi-task Learning, ICLR 2021 (IMTL-L; `imtl_g` is the part on gradients).
+  Reference: Liyang Liu, Yi Li, Zhanghui Kuang, Jing-Hao Xue, Yimin Chen, Wenming Yang, Qingmin Liao and Wayne Zhang,
+  "Towards Impartial Multi-task Learning", ICLR 2021. `imtl_g` is the part on gradients.
   """
   init, step = optimized(log_scale, optimizer, "imtl_l: log_scale")
 
@@ -168,9 +170,9 @@ def geometric() -> Balancer:
 
   `GLS = exp(mean log L)`, without the overflow of the product. Losses must be positive. Its state is empty.
 
-  Reference:
-    Chennupati et al., MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy for Multi-Task Learning,
-    2019, arXiv:1904.08492. LibMTL reports other weights than it applies.
+  Reference: Sumanth Chennupati, Ganesh Sistu, Senthil Yogamani and Samir A. Rawashdeh, "MultiNet++: Multi-Stream
+  Feature Aggregation and Geometric Loss Strategy for Multi-Task Learning", 2019, arXiv 1904.08492. LibMTL reports other
+  weights than it applies.
   """
 
   def weigh(x: Inputs) -> jax.Array:
@@ -178,6 +180,49 @@ def geometric() -> Balancer:
     return jnp.exp(logs.sum() / x.num_usable - logs) / x.num_usable
 
   return stateless("geometric", weigh, positive=True)
+
+
+def uw_so(losses: jax.Array, temperature: jax.Array | float, *, present: jax.Array | None = None) -> jax.Array:
+  """Return the weights of uncertainty weighting in closed form: `softmax(1 / (L temperature))`.
+
+  What `uncertainty` learns has its minimum at `1 / L`; this takes it at once. Small losses get large weights, the more
+  so the lower the temperature. Without gradient.
+
+  Args:
+    losses: `[T]`, positive. A loss of 0 takes all.
+    temperature: positive; may be traced.
+    present: which tasks take part, `[T]` bool; all when None.
+
+  Returns:
+    Weights `[T]`, non-negative, with sum 1.
+
+  Raises:
+    ValueError: losses are not `[T]`, or `present` is not `[T]` bool.
+
+  Reference: Lukas Kirchdorfer, Cathrin Elich, Simon Kutsche, Heiner Stuckenschmidt, Lukas Schott and Jan M. Köhler,
+  "Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning", 2024, arXiv 2408.07985.
+  """
+  losses = losses_array(losses, "uw_so")
+  if losses.ndim != 1:
+    raise ValueError(f"uw_so: losses must have shape (T,); got {losses.shape}")
+  if present is None:
+    present = jnp.ones(losses.shape, bool)
+  check_present(present, losses.shape[0])
+  inverse = 1 / (jnp.where(present, losses, 1) * temperature)
+  return shares_of(jnp.minimum(inverse, jnp.finfo(inverse.dtype).max), present)
+
+
+def from_loss_weighting(weighting: Weighting) -> Balancer:
+  """Return a balancer that applies a function of the losses; its state is empty.
+
+  Args:
+    weighting: `weighting(losses, present=...) -> weights`, for hyper-parameters a `functools.partial` of one such as
+      `uw_so`.
+
+  Returns:
+    A Balancer.
+  """
+  return stateless(f"from_loss_weighting({name_of(weighting)})", lambda x: weighting(x.losses, present=x.usable))
 
 
 class FamoState(NamedTuple):
@@ -201,10 +246,9 @@ def famo(*, learning_rate: jax.Array | float = 0.025, weight_decay: float = 1e-3
   Returns:
     A Balancer.
 
-  Reference:
-    Liu et al., FAMO: Fast Adaptive Multitask Optimization, 2023, arXiv:2306.03792. The authors evaluate the change on
-    the same batch by a second forward pass; here it is the change since the last update. Call update on losses of the
-    same batch before and after the step for theirs.
+  Reference: Bo Liu, Yihao Feng, Peter Stone and Qiang Liu, "FAMO: Fast Adaptive Multitask Optimization", 2023, arXiv
+  2306.03792. The authors evaluate the change on the same batch by a second forward pass; here it is the change since
+  the last update. Call update on losses of the same batch before and after the step for theirs.
   """
   optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
   start, step = optimized(0.0, optimizer, "famo")
@@ -251,11 +295,11 @@ def smooth_tchebycheff(*, smoothing: jax.Array | float = 1.0, warmup_steps: int,
   Raises:
     ValueError: not 1 <= nadir_steps <= warmup_steps.
 
-  Reference:
-    Lin et al., Smooth Tchebycheff Scalarization for Multi-Objective Optimization, 2024, arXiv:2402.19078.
+  Reference: Xi Lin, Xiaoyuan Zhang, Zhiyuan Yang, Fei Liu, Zhenkun Wang and Qingfu Zhang, "Smooth Tchebycheff
+  Scalarization for Multi-Objective Optimization", 2024, arXiv 2402.19078.
   """
   if not 1 <= nadir_steps <= warmup_steps:
-    raise ValueError(f"must have 1 <= nadir_steps <= warmup_steps; got {nadir_steps} and {warmup_steps}.")
+    raise ValueError(f"must have 1 <= nadir_steps <= warmup_steps; got {nadir_steps} and {warmup_steps}")
 
   def init(num_tasks: int) -> TchebycheffState:
     return TchebycheffState(jnp.int32(0), jnp.zeros(num_tasks), jnp.zeros(num_tasks, jnp.int32))
@@ -287,8 +331,8 @@ def pbi(preference: jax.Array, *, penalty: jax.Array | float = 5.0, reference: j
   Returns:
     A Balancer with an empty state.
 
-  Reference:
-    Zhang and Li, MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition, IEEE TEVC 11 (2007).
+  Reference: Qingfu Zhang and Hui Li, "MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition", IEEE
+  Transactions on Evolutionary Computation 2007.
   """
 
   def weigh(x: Inputs) -> jax.Array:
@@ -315,8 +359,8 @@ def cosmos(preference: jax.Array, *, penalty: jax.Array | float = 1.0) -> Balanc
   Returns:
     A Balancer with an empty state.
 
-  Reference:
-    Ruchte and Grabocka, Scalable Pareto Front Approximation for Deep Multi-Objective Learning, 2021, arXiv:2103.13392.
+  Reference: Michael Ruchte and Josif Grabocka, "Scalable Pareto Front Approximation for Deep Multi-Objective Learning",
+  2021, arXiv 2103.13392.
   """
 
   def weigh(x: Inputs) -> jax.Array:

@@ -25,13 +25,11 @@ def stack_losses(losses: PyTree, name: str = "losses") -> jax.Array:
   leaves = jax.tree.leaves(losses)
   if len(leaves) == 1 and leaves[0] is losses:
     if jnp.ndim(losses) != 1 or not losses.shape[0]:
-      raise ValueError(
-        f"{name} must be an array [T] or a pytree of scalars; got an array of shape {jnp.shape(losses)}."
-      )
+      raise ValueError(f"{name} must be an array [T] or a pytree of scalars; got an array of shape {jnp.shape(losses)}")
     return losses
   shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(losses)}
   if not leaves or any(shapes.values()):
-    raise ValueError(f"{name} must be an array [T] or a pytree of scalars; got a pytree with shapes {shapes}.")
+    raise ValueError(f"{name} must be an array [T] or a pytree of scalars; got a pytree with shapes {shapes}")
   return jnp.stack(jax.tree.leaves(losses))
 
 
@@ -39,8 +37,8 @@ def losses_array(losses: jax.Array, name: str) -> jax.Array:
   """Return losses as an array in float32 or wider, without a gradient; a dict by name raises ValueError."""
   if isinstance(losses, Mapping):
     raise ValueError(
-      f"{name}: losses must be one array [T]; got a {type(losses).__name__}. `task_gradients` returns that array, and "
-      "jnp.stack(jax.tree.leaves(losses)) makes it from losses by name."
+      f"{name}: losses must be one array [T]; got a {type(losses).__name__}; `task_gradients` returns that array, and "
+      "jnp.stack(jax.tree.leaves(losses)) makes it from losses by name"
     )
   losses = lax.stop_gradient(jnp.asarray(losses))
   return losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
@@ -71,12 +69,12 @@ def task_gradients(
     ValueError: losses are neither `[T]` nor scalars, a leaf of `params` is not floating point, or `batch_size` < 1.
   """
   if batch_size is not None and batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    raise ValueError(f"batch_size must be at least 1; got {batch_size}")
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       name = jax.tree_util.keystr(path) or "params"
       raise ValueError(
-        f"params must be floating point; {name} has dtype {jnp.result_type(leaf)}. Close over the others."
+        f"params must be floating point; {name} has dtype {jnp.result_type(leaf)}; close over the others"
       )
 
   def stacked(params):
@@ -117,9 +115,8 @@ def representation_gradients(
   Raises:
     ValueError: losses are neither `[T]` nor scalars, or the representation is not floating point.
 
-  Reference:
-    Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018, arXiv:1810.04650, section 3.3
-    (MGDA-UB). LibMTL sums over the batch before the inner products; here examples stay apart.
+  Reference: Ozan Sener and Vladlen Koltun, "Multi-Task Learning as Multi-Objective Optimization", 2018, arXiv
+  1810.04650, section 3.3 (MGDA-UB). LibMTL sums over the batch before the inner products; here examples stay apart.
   """
   representation, pullback = jax.vjp(encoder, params)
   losses, gradients = task_gradients(losses_fn, representation)
@@ -135,11 +132,11 @@ def num_tasks(gradients: PyTree) -> int:
   sizes = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
     if not jnp.ndim(leaf):
-      raise ValueError(f"gradients need a leading task axis; {jax.tree_util.keystr(path)} is a scalar.")
+      raise ValueError(f"gradients need a leading task axis; {jax.tree_util.keystr(path)} is a scalar")
     sizes.setdefault(leaf.shape[0], jax.tree_util.keystr(path))
   if len(sizes) != 1:
     raise ValueError(
-      f"gradients must have one leading axis of T tasks on every leaf; got sizes {sizes or 'of no leaf'}."
+      f"gradients must have one leading axis of T tasks on every leaf; got sizes {sizes or 'of no leaf'}"
     )
   return next(iter(sizes))
 
@@ -175,7 +172,7 @@ def _leaf_gramian(leaf: jax.Array) -> jax.Array:
   axes = tuple(range(1, leaf.ndim))
   dtype = jnp.promote_types(leaf.dtype, jnp.float32)
   return lax.dot_general(
-    leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+    leaf, leaf, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype
   )
 
 
@@ -201,7 +198,7 @@ def gramian(gradients: PyTree, *, depth: int | None = None) -> PyTree:
     parts = [_leaf_gramian(leaf) for leaf in jax.tree.leaves(gradients)]
     return sum(parts[1:], parts[0]) if parts else jnp.zeros((tasks, tasks))
   if depth < 0:
-    raise ValueError(f"depth must be at least 0; got {depth}.")
+    raise ValueError(f"depth must be at least 0; got {depth}")
   if depth == 0 or jax.tree.structure(gradients).num_nodes == 1:
     return gramian(gradients)
   children, structure = jax.tree.flatten(gradients, is_leaf=lambda node: node is not gradients)
@@ -224,7 +221,7 @@ def per_group(weighting: Callable[..., jax.Array]) -> Callable[..., PyTree]:
   def weigh(gramians: PyTree, **kwargs) -> PyTree:
     leaves, structure = jax.tree.flatten(gramians)
     if not leaves:
-      raise ValueError(f"per_group: there is no Gramian in {gramians}; give a pytree of [T, T].")
+      raise ValueError(f"per_group: there is no Gramian in {gramians}; give a pytree of [T, T]")
     for leaf in leaves:
       check_gramian(leaf, num_tasks=leaves[0].shape[0])
     weights = jax.vmap(lambda one: weighting(one, **kwargs))(jnp.stack(leaves))
@@ -250,7 +247,7 @@ def combine(gradients: PyTree, weights: PyTree, *, present: jax.Array | None = N
   tasks = num_tasks(gradients)
   for leaf in jax.tree.leaves(weights):
     if jnp.shape(leaf) != (tasks,):
-      raise ValueError(f"weights must have shape ({tasks},), one entry for each task; got {jnp.shape(leaf)}.")
+      raise ValueError(f"weights must have shape ({tasks},), one entry for each task; got {jnp.shape(leaf)}")
   if present is not None:
     check_present(present, tasks)
 
@@ -259,7 +256,7 @@ def combine(gradients: PyTree, weights: PyTree, *, present: jax.Array | None = N
     weight = weight.astype(wide.dtype)
     if present is not None:
       weight, wide = jnp.where(present, weight, 0), select_tasks(wide, present)
-    total = lax.dot_general(weight, wide, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+    total = lax.dot_general(weight, wide, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
     return total.astype(leaf.dtype)
 
   return jax.tree.map(

@@ -25,9 +25,9 @@ def imtl_g(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array
   Raises:
     ValueError: the Gramian is not square, or `present` is not `[T]` bool.
 
-  Reference:
-    Liu et al., Towards Impartial Multi-task Learning, ICLR 2021. The pseudo-inverse is that of the cosines: duplicate
-    rows are shared between, and no task is lost because its gradient is small.
+  Reference: Liyang Liu, Yi Li, Zhanghui Kuang, Jing-Hao Xue, Yimin Chen, Wenming Yang, Qingmin Liao and Wayne Zhang,
+  "Towards Impartial Multi-task Learning", ICLR 2021. The pseudo-inverse is that of the cosines: duplicate rows are
+  shared between, and no task is lost because its gradient is small.
   """
   p = normalise(gramian, present)
   share, products, rounding = _solvers.equal_products(p)
@@ -57,9 +57,8 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
   Raises:
     ValueError: the Gramian is not square, or `present` is not `[T]` bool.
 
-  Reference:
-    Liu et al., ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks, 2024, arXiv:2408.11104. The
-    authors sum the projections over the tasks where this takes the mean.
+  Reference: Qiang Liu, Mengyu Chu and Nils Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural
+  Networks", 2024, arXiv 2408.11104. The authors sum the projections over the tasks where this takes the mean.
   """
   p = normalise(gramian, present)
   share, products, rounding = _solvers.equal_products(p)
@@ -86,10 +85,10 @@ def nash_mtl(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Arr
   Raises:
     ValueError: the Gramian is not square, or `present` is not `[T]` bool.
 
-  Reference:
-    Navon et al., Multi-Task Learning as a Bargaining Game, 2022, arXiv:2202.01017. They solve a sequence of convex
-    programmes from the last solution and clip the direction; the equation is the minimum of a'Ga / 2 - sum log a, found
-    here by Newton steps to full precision, without state.
+  Reference: Aviv Navon, Aviv Shamsian, Idan Achituve, Haggai Maron, Kenji Kawaguchi, Gal Chechik and Ethan Fetaya,
+  "Multi-Task Learning as a Bargaining Game", 2022, arXiv 2202.01017. They solve a sequence of convex programmes from
+  the last solution and clip the direction; the equation is the minimum of a'Ga / 2 - sum log a, found here by Newton
+  steps to full precision, without state.
   """
   return fair_grad(gramian, alpha=1.0, present=present)
 
@@ -113,13 +112,12 @@ def fair_grad(gramian: jax.Array, *, alpha: jax.Array | float = 1.0, present: ja
   Raises:
     ValueError: the Gramian is not square, `present` is not `[T]` bool, or alpha is not positive.
 
-  Reference:
-    Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024, arXiv:2402.15638. They use a general
-    least-squares solver on the raw Gramian, which stops early for small or badly scaled gradients; here Newton steps
-    in log a.
+  Reference: Hao Ban and Kaiyi Ji, "Fair Resource Allocation in Multi-Task Learning", 2024, arXiv 2402.15638. They use a
+  general least-squares solver on the raw Gramian, which stops early for small or badly scaled gradients; here Newton
+  steps in log a.
   """
   if isinstance(alpha, (int, float)) and not alpha > 0:
-    raise ValueError(f"alpha must be positive; got {alpha}. For equal weights use balancing.fixed.")
+    raise ValueError(f"alpha must be positive; got {alpha}; for equal weights use balancing.fixed")
   p = normalise(gramian, present)
   power = 1 / jnp.asarray(alpha, p.norms.dtype)
   log_norms = jnp.where(p.valid, jnp.log(jnp.where(p.valid, p.norms, 1)), 0)
@@ -147,12 +145,12 @@ def aligned_mtl(gramian: jax.Array, *, scale: str = "min", present: jax.Array | 
   Raises:
     ValueError: the Gramian is not square, the scale is unknown, or `present` is not `[T]` bool.
 
-  Reference:
-    Senushkin et al., Independent Component Alignment for Multi-Task Learning, 2023, arXiv:2305.19000. The rank
-    tolerance follows the dtype of the Gramian; the authors sum over the tasks where this takes the mean.
+  Reference: Dmitry Senushkin, Nikolay Patakin, Arseny Kuznetsov and Anton Konushin, "Independent Component Alignment
+  for Multi-Task Learning", 2023, arXiv 2305.19000. The rank tolerance follows the dtype of the Gramian; the authors sum
+  over the tasks where this takes the mean.
   """
   if scale not in ("min", "median", "rmse"):
-    raise ValueError(f'scale must be "min", "median" or "rmse"; got {scale!r}.')
+    raise ValueError(f'scale must be "min", "median" or "rmse"; got {scale!r}')
   p = normalise(gramian, present)
   mean = jnp.where(p.present, 1 / p.num_present, 0).astype(p.norms.dtype)
   values, vectors = jnp.linalg.eigh(p.gramian)

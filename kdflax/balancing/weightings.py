@@ -40,11 +40,10 @@ def mgda(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
   Raises:
     ValueError: the Gramian is not square, or `present` is not `[T]` bool.
 
-  Reference:
-    Désidéri, Multiple-gradient descent algorithm (MGDA) for multiobjective optimization, Comptes Rendus Mathématique
-    350 (2012); Sener and Koltun, Multi-Task Learning as Multi-Objective Optimization, 2018, arXiv:1810.04650. Those
-    use Frank-Wolfe steps, which stop far from the minimum when the norms differ; here an active-set method finds it
-    exactly.
+  Reference: Jean-Antoine Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization",
+  Comptes Rendus Mathématique 2012; for networks, Ozan Sener and Vladlen Koltun, "Multi-Task Learning as Multi-Objective
+  Optimization", 2018, arXiv 1810.04650. Those use Frank-Wolfe steps, which stop far from the minimum when the norms
+  differ; here an active-set method finds it exactly.
   """
   p = normalise(gramian, present)
   smallest = jnp.where(p.valid, p.norms, jnp.inf).min()
@@ -75,12 +74,12 @@ def cagrad(gramian: jax.Array, *, c: jax.Array | float = 0.5, present: jax.Array
   Raises:
     ValueError: the Gramian is not square, `present` is not `[T]` bool, or c is known to be negative.
 
-  Reference:
-    Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, 2021, arXiv:2110.14048. Not divided by 1 +
-    c^2, which the authors' code does; TorchJD does not either, and returns 0 where g_w is 0.
+  Reference: Bo Liu, Xingchao Liu, Xiaojie Jin, Peter Stone and Qiang Liu, "Conflict-Averse Gradient Descent for
+  Multi-task Learning", 2021, arXiv 2110.14048. Not divided by 1 + c^2, which the authors' code does; TorchJD does not
+  either, and returns 0 where g_w is 0.
   """
   if isinstance(c, (int, float)) and not c >= 0:
-    raise ValueError(f"c must be at least 0; got {c}.")
+    raise ValueError(f"c must be at least 0; got {c}")
   p = normalise(gramian, present)
   mean = jnp.where(p.present, 1 / p.num_present, 0).astype(p.norms.dtype)
   scaled = p.norms * mean
@@ -116,9 +115,9 @@ def upgrad(gramian: jax.Array, *, preference: jax.Array | None = None, present: 
   Raises:
     ValueError: the Gramian is not square, or `preference` or `present` is not `[T]`.
 
-  Reference:
-    Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024, arXiv:2406.16232. TorchJD adds 1e-4 of the
-    trace to the diagonal, which loses the promise for badly scaled rows, and returns the mean for gradients below 1e-2.
+  Reference: Pierre Quinton and Valérian Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, arXiv
+  2406.16232. TorchJD adds 1e-4 of the trace to the diagonal, which loses the promise for badly scaled rows, and returns
+  the mean for gradients below 1e-2.
   """
   p = normalise(gramian, present)
   share = preferred(p, preference)
@@ -146,9 +145,8 @@ def dual_projection(
   Raises:
     ValueError: the Gramian is not square, or `preference` or `present` is not `[T]`.
 
-  Reference:
-    Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, 2017, arXiv:1706.08840, with all tasks in
-    the constraint. Solved on the cosines and exactly, see `upgrad`.
+  Reference: David Lopez-Paz and Marc'Aurelio Ranzato, "Gradient Episodic Memory for Continual Learning", 2017, arXiv
+  1706.08840, with all tasks in the constraint. Solved on the cosines and exactly, see `upgrad`.
   """
   p = normalise(gramian, present)
   share = preferred(p, preference)
@@ -180,9 +178,8 @@ def pcgrad(gramian: jax.Array, permutations: jax.Array, *, present: jax.Array | 
     ValueError: the Gramian is not square, the permutations have another shape or are not integers, or `present` is not
       `[T]` bool.
 
-  Reference:
-    Yu et al., Gradient Surgery for Multi-Task Learning, 2020, arXiv:2001.06782. The authors sum over the tasks, and add
-    an epsilon to squared norms.
+  Reference: Tianhe Yu, Saurabh Kumar, Abhishek Gupta, Sergey Levine, Karol Hausman and Chelsea Finn, "Gradient Surgery
+  for Multi-Task Learning", 2020, arXiv 2001.06782. The authors sum over the tasks, and add an epsilon to squared norms.
   """
   p = normalise(gramian, present)
   tasks = p.norms.shape[0]
@@ -190,10 +187,10 @@ def pcgrad(gramian: jax.Array, permutations: jax.Array, *, present: jax.Array | 
   if permutations.shape not in ((tasks, tasks - 1), (tasks, tasks)):
     raise ValueError(
       f"permutations must have shape ({tasks}, {tasks - 1}) or ({tasks}, {tasks}), one row for each task; "
-      f"got {permutations.shape}."
+      f"got {permutations.shape}"
     )
   if permutations.size and not jnp.issubdtype(permutations.dtype, jnp.integer):
-    raise ValueError(f"permutations must be integers; got {permutations.dtype}.")
+    raise ValueError(f"permutations must be integers; got {permutations.dtype}")
   own = jnp.arange(tasks)
 
   def visit(carry, other):
@@ -236,16 +233,16 @@ def krum(
     ValueError: the Gramian is not square, `num_byzantine` is negative or above T - 3 (a single task takes 0),
       `num_selected` is not in [1, T], or `present` is not `[T]` bool.
 
-  Reference:
-    Blanchard et al., Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, 2017, arXiv:1703.02757.
-    Squared distances as in the paper; TorchJD takes their roots, which may select another gradient.
+  Reference: Peva Blanchard, El Mahdi El Mhamdi, Rachid Guerraoui and Julien Stainer, "Machine Learning with
+  Adversaries: Byzantine Tolerant Gradient Descent", 2017, arXiv 1703.02757. Squared distances as in the paper; TorchJD
+  takes their roots, which may select another gradient.
   """
   p = normalise(gramian, present)
   tasks = p.norms.shape[0]
   if num_byzantine < 0 or (tasks < num_byzantine + 3 and (tasks, num_byzantine) != (1, 0)):
-    raise ValueError(f"num_byzantine must be in [0, T - 3]; got {num_byzantine} with T = {tasks} tasks.")
+    raise ValueError(f"num_byzantine must be in [0, T - 3]; got {num_byzantine} with T = {tasks} tasks")
   if not 1 <= num_selected <= tasks:
-    raise ValueError(f"num_selected must be in [1, T]; got {num_selected} with T = {tasks} tasks.")
+    raise ValueError(f"num_selected must be in [1, T]; got {num_selected} with T = {tasks} tasks")
   squared = jnp.diagonal(p.gramian)
   distances = jnp.maximum(squared[:, None] + squared - 2 * p.gramian, 0)
   index = jnp.arange(tasks)

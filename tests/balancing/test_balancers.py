@@ -28,6 +28,8 @@ BALANCERS = {
   "smooth_tchebycheff": balancing.smooth_tchebycheff(warmup_steps=3, nadir_steps=2),
   "pbi": balancing.pbi(0.7),
   "cosmos": balancing.cosmos(0.7, penalty=0.3),
+  "pcd": balancing.pcd(tau=0.3),
+  "from_loss_weighting": balancing.from_loss_weighting(functools.partial(balancing.uw_so, temperature=2.0)),
   "smoothed": balancing.smoothed(balancing.from_weighting(balancing.cagrad)),
 }
 COMBINERS = {name: balancing.from_balancer(balancer) for name, balancer in BALANCERS.items()} | {
