@@ -89,6 +89,11 @@ def test_what_is_imported_is_declared():
   assert not undeclared, f"declare these in setup.cfg, under experiments: {undeclared}"
 
 
+def test_what_the_core_declares_is_imported():
+  """A package that nothing imports is not asked of a user."""
+  assert _declared() - {"jaxlib"} <= _imported("kdflax").keys()
+
+
 def test_an_import_outside_the_core_names_its_extra():
   """In kdflax an import of a package that the core does not bring stands in `with extra(name, ...)`, which does."""
   core = _declared()

@@ -7,6 +7,7 @@ each model under its name, and `params` by model name.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -53,6 +54,10 @@ def run_trained(
     states: of the same.
     context: what they read.
     key: of this update; each model gets one of its own, by its name.
+
+  Raises:
+    ValueError: if a model returns a state unlike the one it was given, which would compile every step again, and fit no
+      checkpoint.
   """
   seen, moved = _with_params(context, params), {}
   for name in models:
@@ -61,6 +66,7 @@ def run_trained(
       seen[name], moved[name] = models[name].apply(
         params[name], states[name], inputs, train=True, key=named_key(key, name)
       )
+      _check_state(name, states[name], moved[name])
   return seen, moved
 
 
@@ -99,6 +105,15 @@ def models_at(path: str, models: Iterable[str]) -> set[str]:
 def models_read(model: Model, models: Iterable[str]) -> dict[str, set[str]]:
   """By context path that a model reads, the names of the models whose outputs or params lie there."""
   return {path: models_at(path, models) for path in paths_of(model)}
+
+
+def _check_state(name: str, before: PyTree, after: PyTree) -> None:
+  try:
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+  except AssertionError as error:
+    raise ValueError(
+      f"the model {name!r} returns a state unlike the one it was given; structure, shapes and types must stay: {error}"
+    ) from error
 
 
 def _with_params(context: Mapping[str, Any], params: Mapping[str, PyTree]) -> dict[str, Any]:
