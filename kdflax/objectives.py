@@ -46,9 +46,10 @@ class Term:
       alone stops nothing: a network called "teacher" learns from its labels as any other, a student that teaches
       another is stopped where it does. All else are context paths, with what lies below them; the name of a model
       covers its params as well. Each must be, or lie above, the path of an input.
-    examples: the arguments whose leading axes count examples, for a loss that takes no `where` itself. By default those
-      from the context that must grow with the batch: the loss is traced with one example more in all others, and an
-      argument that still fits (class weights, as many as there are examples) is left as it is. Params never count.
+    examples: the arguments whose leading axes count examples, for a loss that takes no `where` itself. By default all
+      from the context that lead with the shape of `where`, but for params, and for class weights where there are as
+      many classes as examples: the loss is then traced with one example more in all other arguments, and one that still
+      fits is left as it is.
 
   Raises:
     ValueError: if the loss has no argument of a given name, one it requires is missing, a weight is negative,
@@ -236,9 +237,13 @@ def _counting(term: Term, arguments: Mapping[str, Any], where: jax.Array) -> lis
   sources = {name: source for name, source in term.inputs.items() if name in arguments and isinstance(source, str)}
   read = [name for name, source in sources.items() if not lies_below(source, "params")]
   candidates = [name for name in read if any(map(leads, jax.tree.leaves(arguments[name])))]
-  if len(candidates) < 2 or where.shape[0] < 2:  # one alone, or one example, which broadcasts to any number
+  shapes = {name: [jnp.shape(array) for array in jax.tree.leaves(arguments[name])] for name in candidates}
+  wide = {name for name in candidates for shape in shapes[name] if where.shape[0] in shape[where.ndim :]}
+  if where.shape[0] < 2:  # which broadcasts to any number
     return candidates
-  return [name for name in candidates if _must_grow(name, candidates, term, arguments, where.shape)]
+  return [
+    name for name in candidates if not wide - {name} or _must_grow(name, candidates, term, arguments, where.shape)
+  ]
 
 
 def _must_grow(
@@ -252,8 +257,9 @@ def _must_grow(
     shape = (*longer, *shape[len(longer) :]) if shape[: len(longer)] == examples else shape
     return jax.ShapeDtypeStruct(shape, jnp.result_type(array))
 
-  shapes = {other: arguments[other] if other == name else jax.tree.map(grown, arguments[other]) for other in candidates}
   try:
+    kept = {name: arguments[name]}
+    shapes = {other: jax.tree.map(grown, arguments[other]) for other in candidates} | kept
     program = jax.make_jaxpr(lambda arrays: jnp.asarray(term.loss(**(dict(arguments) | arrays))))(shapes).jaxpr
   except Exception:  # of whatever kind: it does not fit
     return True

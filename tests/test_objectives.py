@@ -281,6 +281,28 @@ def test_class_weights_as_many_as_examples_are_not_masked(examples):
     np.testing.assert_allclose(evaluate(terms, context | {"batch": seen})[0]["t"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [8, 3])
+def test_losses_that_index_rows_are_masked(classes):
+  """An index past the end is no error in JAX: that a shorter array of logits fits says nothing."""
+
+  def indexed(logits, labels, class_weights):
+    chosen = jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels]
+    return -class_weights[labels] * chosen
+
+  context = _as_many_classes_as_examples()
+  where, logits = context["batch"]["where"], context["student"]["logits"][:, :classes]
+  batch = context["batch"] | {"label": context["batch"]["label"] % classes}
+  batch["class_weights"] = batch["class_weights"][:classes]
+  expected = _cross_entropy({"student": {"logits": logits}, "batch": batch}) * batch["class_weights"][batch["label"]]
+  broken = np.where(where[:, None], logits, np.nan)
+  total = lambda logits: evaluate({"t": Term(indexed, CLASS_WEIGHTS)}, {"student": {"logits": logits}, "batch": batch})[
+    0
+  ]["t"]
+  value, gradient = jax.value_and_grad(total)(broken)
+  np.testing.assert_allclose(value, expected[where].mean(), rtol=1e-5)
+  assert np.isfinite(gradient).all() and not np.any(gradient[~where])
+
+
 def test_weights_of_examples_are_masked():
   """They must grow with the batch, as what they weigh."""
   context = _as_many_classes_as_examples()
