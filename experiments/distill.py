@@ -174,7 +174,7 @@ def train_teacher(session: phases.Session, splits: Any) -> Trained:
   if config.pipeline == "grain":
     feed = phases.Feed(data.grain_batches(arrays, config.batch_size, seed=0, augment=config.augmentation()))
   else:
-    sample = functools.partial(phases.draw, size=config.batch_size)
+    sample = functools.partial(data.sample, size=config.batch_size)
     feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
   trained = train(session, "teacher", network, terms, feed, config.teacher_steps, splits)
   variables = trained.variables

@@ -227,7 +227,7 @@ def train_teacher(session: phases.Session, splits: Any, kind: str) -> None:
     task: Term(cross_entropy, {"logits": f"network.logits.{task}", "labels": f"batch.label.{task}"})
     for task in config.tasks
   }
-  sample = functools.partial(phases.draw, size=config.batch_size)
+  sample = functools.partial(data.sample, size=config.batch_size)
   feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
   learner = training.make_learner({"network": teacher}, terms, optimizer(config, config.teacher_steps), sample=sample)
   phase = phases.train(session, f"teachers, {kind}", learner, feed, config.teacher_steps)

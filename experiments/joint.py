@@ -285,7 +285,7 @@ def machine(work: Work, model: models.Model, *, penalties: Sequence = (), balanc
       penalties={"coupling": training.Penalty(couple, strength)} if penalties else None,
       balancer=one_of(balancers, arrays["choice"]) if balancers else None,
       shared="^student/shared/" if balancers else None,
-      sample=functools.partial(phases.draw, size=min(settings.batch_size, examples)),
+      sample=functools.partial(data.sample, size=min(settings.batch_size, examples)),
     )
 
   def init(keys, arrays):

@@ -63,7 +63,7 @@ class Phase(NamedTuple):
 
 @contextlib.contextmanager
 def session(config: Any, **bound: Any) -> Iterator[Session]:
-  """Opens the run directory of a config: locked, bound to its settings, stopped by SIGTERM between two steps.
+  """Opens the run directory of a config: locked, bound to its settings, stopped by SIGTERM or Ctrl-C between two steps.
 
   Args:
     config: a dataclass with `run`, the directory, and `accept_changes`.
@@ -75,7 +75,7 @@ def session(config: Any, **bound: Any) -> Iterator[Session]:
   with (
     training.RunDirectory(config.run, settings, accept_changes=config.accept_changes) as directory,
     training.MetricsLog(directory.path / "metrics.jsonl") as log,
-    training.stop_on_sigterm() as stop,
+    training.stop_on_signals() as stop,
   ):
     yield Session(config, directory.path, log, stop)
 
@@ -156,15 +156,10 @@ def run(
       num_steps=num_steps,
       steps_per_call=chunk,
       phase=name,
-      checkpoints=checkpoints,
-      bound=bound,
-      save_every=config.save_every,
-      log=session.log,
-      log_every=interval,
-      evaluate=evaluate,
-      evaluate_every=interval,
+      saving=training.Saving(checkpoints, config.save_every, bound),
+      logging=training.Logging(session.log, interval, common.Progress(name, num_steps)),
+      evaluation=training.Evaluation(evaluate, interval),
       stop=session.stop,
-      progress=common.Progress(name, num_steps),
     )
   seconds = None if resumed else time.perf_counter() - start
   return Phase(
@@ -215,15 +210,9 @@ def tester(
     `variables -> {name: [one number for each seed]}`.
   """
   terms = {"accuracy": accuracy_of()} if terms is None else terms
-  step = jax.jit(jax.vmap(training.make_eval_step({"model": model}, terms), (0, None)))
-
-  def test(variables: Any) -> dict[str, Any]:
-    sums: Any = None
-    for batch in data.padded_batches(split, min(batch_size, data.num_examples(split))):
-      sums = training.metrics.add(sums, step({"model": variables}, batch))
-    return training.metrics.means(sums)
-
-  return test
+  step = jax.jit(jax.vmap(training.make_eval_step({"model": model}, terms), (0, None, None)))
+  size = min(batch_size, data.num_examples(split))
+  return lambda variables: training.evaluate_dataset(step, {"model": variables}, data.padded_batches(split, size))
 
 
 def outputs(
@@ -242,26 +231,13 @@ def outputs(
     NumPy arrays `[seeds, examples, ...]` by name.
   """
 
-  def said(variables: tuple[PyTree, PyTree], batch: Any) -> dict[str, Any]:
-    found, _ = model.apply(*variables, batch, train=False, key=None)
-    return {name: found[name] for name in names}
-
-  apply = jax.jit(jax.vmap(said, (0, None)))
-  parts, total = [], data.num_examples(split)
-  for batch in data.padded_batches(split, min(batch_size, total)):
-    where = np.asarray(batch.pop("where"))
-    parts.append(jax.tree.map(lambda x, keep=where: np.asarray(x)[:, keep], apply(variables, batch)))
-  return jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
+  batches = data.padded_batches(split, min(batch_size, data.num_examples(split)))
+  return training.predict(model, variables, batches, names=names, seeds=True)
 
 
 def on_device(arrays: Any) -> Any:
   """Puts arrays on the device once."""
   return jax.tree.map(jnp.asarray, arrays)
-
-
-def draw(arrays: Any, key: jax.Array, step: jax.Array, size: int) -> Any:
-  """A batch of arrays that stay on the device."""
-  return data.gather(arrays, data.batch_indices(key, step, num_examples=data.num_examples(arrays), batch_size=size))
 
 
 def draw_mixed(arrays: Any, key: jax.Array, step: jax.Array, size: int) -> Any:
@@ -279,7 +255,9 @@ def draw_mixed(arrays: Any, key: jax.Array, step: jax.Array, size: int) -> Any:
   chosen = data.batch_indices(
     training.named_key(key, "labelled"), step, num_examples=labelled.shape[0], batch_size=size
   )
-  return data.mix(data.gather(images, labelled[chosen]), draw(images, training.named_key(key, "all"), step, size))
+  return data.mix(
+    data.gather(images, labelled[chosen]), data.sample(images, training.named_key(key, "all"), step, size=size)
+  )
 
 
 class Cost(NamedTuple):

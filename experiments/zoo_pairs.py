@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import phases
 from experiments.networks import network, read
 from kdflax import data, methods, models, training
 
@@ -84,7 +83,7 @@ def classifier(name: str, dataset: str) -> models.Model:
 
 def draw_augmented(arrays: Any, key: jax.Array, step: jax.Array, *, size: int, shift: int, flip: bool) -> Any:
   """A batch from the device, its images shifted with zeros moving in, and mirrored in half of the cases."""
-  batch = phases.draw(arrays, key, step, size)
+  batch = data.sample(arrays, key, step, size=size)
   image = batch["image"]
   key = jax.random.fold_in(training.named_key(key, "augmentation"), step)
   if shift:

@@ -73,6 +73,17 @@ def digest_of_text(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_storable(name: str, dtype: Any) -> None:
+  """Raises a ValueError for an array that `array_of` could not read again: float8, complex numbers, objects, text."""
+  kind = str(jnp.dtype(dtype)).rstrip("0123456789")
+  width = jnp.dtype(dtype).itemsize * 8
+  if kind not in _DTYPES.values() or str(jnp.dtype(dtype)) not in (kind, f"{kind}{width}"):
+    raise ValueError(
+      f"{name} is {jnp.dtype(dtype)}, which a safetensors file does not bring back; save it as float32 or bfloat16, or"
+      " as integers"
+    )
+
+
 def array_of(stored: Mapping[str, Any]) -> np.ndarray:
   """An array of a safetensors file; its own NumPy reader knows no bfloat16."""
   kind = stored["dtype"].rstrip("0123456789")
@@ -92,7 +103,8 @@ def save_variables(path: str | pathlib.Path, variables: tuple[PyTree, PyTree]) -
     order and on any device: `kdflax.files.digest(variables)`.
 
   Raises:
-    ValueError: if something is neither a dict nor an array, or a name is empty or has a slash in it.
+    ValueError: if something is neither a dict nor an array, an array is of a dtype that would not come back (float8,
+      complex), or a name is empty or has a slash in it.
   """
   params, state = variables
   flat, empty = {}, []
@@ -100,6 +112,7 @@ def save_variables(path: str | pathlib.Path, variables: tuple[PyTree, PyTree]) -
     if leaf is None:
       empty.append(name)
     else:
+      check_storable(name, leaf.dtype)
       flat[name] = np.ascontiguousarray(leaf).reshape(leaf.shape)  # safetensors writes memory order
   content = digest((params, state))
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from kdflax.data.batches import (
   grain_batches,
   mix,
   padded_batches,
+  sample,
 )
 from kdflax.data.readers import cifar, idx, mnist, parquet
 from kdflax.data.sets import DATASETS, Dataset, Normalisation, Task, by_task, dataset, load, normalize
@@ -43,6 +44,7 @@ __all__ = [
   "parquet",
   "random_flip",
   "random_shift",
+  "sample",
   "stratified_split",
   "tabular",
   "with_label_budget",

@@ -185,6 +185,26 @@ class GrainBatches:
     self.iterator.set_state(state["grain"])
 
 
+def sample(arrays: Arrays, key: jax.Array, step: jax.Array | int, *, size: int) -> Arrays:
+  """Draw the batch of a step from arrays that stay on the device, each example once an epoch: for `make_learner`.
+
+      make_learner(..., sample=functools.partial(data.sample, size=64))
+
+  Args:
+    arrays: dict of arrays `[examples, ...]`, possibly nested.
+    key: of the data; the order of an epoch depends on it and on the number of the epoch alone.
+    step: training step.
+    size: examples per batch.
+
+  Returns:
+    A dict of arrays `[size, ...]`.
+
+  Raises:
+    ValueError: `size` is not between 1 and the number of examples.
+  """
+  return gather(arrays, batch_indices(key, step, num_examples=num_examples(arrays), batch_size=size))
+
+
 def padded_batches(arrays: Arrays, batch_size: int) -> Iterator[Arrays]:
   """Iterate once over every example in order, all batches of one size, for evaluation.
 

@@ -28,7 +28,8 @@ def average_logits(paths: Sequence[str], *, weights: Weights | None = None) -> M
     z = sum_k w_k z_k / sum_k w_k
 
   A class at -inf is one that a teacher does not know: the mean is over those that do, and -inf if none does. There the
-  constant that a softmax leaves free matters; `average_probabilities` does not depend on it.
+  constant that a softmax leaves free matters; `average_probabilities` does not depend on it. A NaN or +inf of a teacher
+  that counts stays NaN, as in every loss.
 
   Args:
     paths: context paths of the teachers' logits [batch, ..., classes].
@@ -43,11 +44,12 @@ def average_logits(paths: Sequence[str], *, weights: Weights | None = None) -> M
   """
 
   def combine(logits, shares, _):
-    known = logits > -jnp.inf
-    share = jnp.where(known, _along(shares, logits), 0)
+    logits = _broken_as_nan(logits)
+    share = jnp.where(logits == -jnp.inf, 0, _along(shares, logits))
     total = share.sum(0)
-    mean = jnp.sum(share * jnp.where(known, logits, 0), axis=0) / jnp.where(total > 0, total, 1)
-    return jnp.where(total > 0, mean, -jnp.inf), shares
+    counted = jnp.where(share == 0, 0, share * jnp.where(share == 0, 0, logits))
+    mean = jnp.sum(counted, axis=0) / jnp.where(total == 0, 1, total)
+    return jnp.where(total == 0, -jnp.inf, mean), shares
 
   return _ensemble(paths, combine, weights)
 
@@ -57,7 +59,8 @@ def average_probabilities(
 ) -> Model:
   """Average the teachers' probabilities: a mixture, which is as unsure as its teachers disagree.
 
-  Computed from log-probabilities, so that what is unlikely for all teachers keeps its digits.
+  Computed from log-probabilities, so that what is unlikely for all teachers keeps its digits. A NaN or +inf of a
+  teacher that counts stays NaN.
 
     z = T log sum_k w_k softmax(z_k / T),   so that softmax(z / T) is the mixture
 
@@ -243,7 +246,14 @@ def subset_teachers(
 
 
 def _ensemble(
-  paths, combine: Combine, weights, temperature: Temperature = 1.0, *, labels=None, random=False, place=None
+  paths: Sequence[str],
+  combine: Combine,
+  weights: Weights | None,
+  temperature: Temperature = 1.0,
+  *,
+  labels: str | None = None,
+  random: bool = False,
+  place: Callable[..., Sequence[jax.Array]] | None = None,
 ) -> Model:
   """A model that stacks logits to [teachers, batch, ..., classes] and combines them by weights [batch, teachers]."""
   paths = tuple(paths)
@@ -278,7 +288,7 @@ def _shares(weights: jax.Array) -> jax.Array:
   return jnp.where(total <= 0, 1 / weights.size, weights / jnp.where(total <= 0, 1, total))
 
 
-def _no_variables(key, example):
+def _no_variables(key: jax.Array, example: Any) -> tuple[dict[str, Any], dict[str, Any]]:
   del key, example
   return {}, {}
 
@@ -289,12 +299,18 @@ def _as_mixture(logits: jax.Array, shares: jax.Array, temperature: Any) -> tuple
 
 def _mixture(logits: jax.Array, shares: jax.Array, temperature: Any) -> jax.Array:
   """`T log sum_k w_k softmax(z_k / T)`, with finite derivatives where a probability or a weight is 0."""
-  log_probs = jax.nn.log_softmax(logits / temperature)
+  log_probs = jax.nn.log_softmax(_broken_as_nan(logits) / temperature)
   share = _along(shares, logits)
-  possible = (log_probs > -jnp.inf) & (share > 0)
-  terms = jnp.where(possible, log_probs + jnp.log(jnp.where(share > 0, share, 1)), -jnp.inf)
+  possible = (log_probs != -jnp.inf) & (share != 0)  # true of NaN, which is to be seen
+  terms = jnp.where(possible, log_probs + jnp.log(jnp.where(share == 0, 1, share)), -jnp.inf)
   any_possible = possible.any(0)
   return jnp.where(any_possible, temperature * jax.nn.logsumexp(jnp.where(any_possible, terms, 0), axis=0), -jnp.inf)
+
+
+def _broken_as_nan(logits: jax.Array) -> jax.Array:
+  """NaN in all of a row `[..., classes]` that holds a NaN or +inf: no softmax of it is finite."""
+  broken = (jnp.isnan(logits) | (logits == jnp.inf)).any(axis=-1, keepdims=True)
+  return jnp.where(broken, jnp.nan, logits)
 
 
 def _along(shares: jax.Array, logits: jax.Array) -> jax.Array:

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import deserialize
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from kdflax.files import array_of, write_atomically
+from kdflax.files import array_of, check_storable, write_atomically
 from kdflax.model import Model
 from kdflax.numerics.trees import name_of, nest_names
 
@@ -40,16 +40,19 @@ def record(
     SHA-256 of the arrays.
 
   Raises:
-    ValueError: if an array has another length than `index` or is not finite, an index appears twice, or a name in
-    `outputs` has a dot in it or is that of the index.
+    ValueError: if an array has another length than `index`, is not finite or of a dtype that would not come back
+      (float8, complex), an index appears twice, or a name in `outputs` has a dot in it or is that of the index.
   """
   index = np.asarray(index, np.int64)
+  if index.ndim != 1:
+    raise ValueError(f"index must be [examples]; got shape {list(index.shape)}")
   if len(np.unique(index)) != len(index):
     raise ValueError("index names an example twice; record each example once")
   flat = {name: np.ascontiguousarray(array) for name, array in _flatten(outputs)}  # safetensors writes memory order
   for name, array in flat.items():
     if array.shape[:1] != index.shape:
       raise ValueError(f"{name} has shape {array.shape}; expected {len(index)} rows, one for each index")
+    check_storable(name, array.dtype)
     if not np.isfinite(array).all():
       raise ValueError(f"{name} holds NaN or infinite values; the teacher is broken")
   content = save({**flat, _INDEX: index})
@@ -80,27 +83,40 @@ def read_record(directory: str | pathlib.Path, index: np.ndarray | None = None) 
   for name in (_MANIFEST, _ARRAYS):
     if not (directory / name).is_file():
       raise ValueError(f"{directory} holds no complete teacher record ({name} is missing); record the teacher again")
-  content = (directory / _ARRAYS).read_bytes()
-  if hashlib.sha256(content).hexdigest() != _recorded_digest(directory / _MANIFEST):
-    raise ValueError(f"{directory / _ARRAYS} is not what was recorded (its SHA-256 differs); record the teacher again")
-  flat = {name: array_of(stored) for name, stored in deserialize(content)}
+  flat = _arrays_of(directory)
   recorded_index = flat.pop(_INDEX)
   rows = np.arange(len(recorded_index))
   if index is not None:
-    order = np.argsort(recorded_index)
-    place = np.minimum(np.searchsorted(recorded_index[order], index), len(order) - 1)
-    rows = order[place]
-    missing = np.asarray(index)[recorded_index[rows] != index]
+    missing = np.asarray(index)[~np.isin(index, recorded_index)]
     if missing.size:
       raise ValueError(f"the record in {directory} lacks {missing.size} of the examples, first {missing[:5].tolist()}")
+    order = np.argsort(recorded_index)
+    rows = order[np.searchsorted(recorded_index[order], index)]
   return nest_names({name: array[rows] for name, array in flat.items()}, _SEPARATOR)
 
 
-def _recorded_digest(manifest: pathlib.Path) -> str:
+def _arrays_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of a record by name, the index among them, if they are what its manifest says."""
+  path, manifest = directory / _ARRAYS, directory / _MANIFEST
   try:
-    return json.loads(manifest.read_text())["sha256"]
-  except (ValueError, KeyError, TypeError) as error:
+    document = json.loads(manifest.read_text())
+    digest, examples = document["sha256"], document["examples"]
+  except (ValueError, LookupError, TypeError, RecursionError) as error:
     raise ValueError(f"{manifest} is damaged ({type(error).__name__}: {error}); record the teacher again") from error
+  content = path.read_bytes()
+  if hashlib.sha256(content).hexdigest() != digest:
+    raise ValueError(f"{path} is not what was recorded (its SHA-256 differs); record the teacher again")
+  try:
+    flat = {name: array_of(stored) for name, stored in deserialize(content)}
+    index = flat[_INDEX]
+  except (SafetensorError, LookupError, ValueError, TypeError) as error:
+    raise ValueError(f"{path} is no record ({type(error).__name__}: {error}); record the teacher again") from error
+  odd = [f"{name} has shape {list(array.shape)}" for name, array in flat.items() if array.shape[:1] != (examples,)]
+  odd += [f"{name} is the beginning of {o}" for name in flat for o in flat if o.startswith(f"{name}{_SEPARATOR}")]
+  if odd or index.ndim != 1 or index.dtype.kind != "i" or len(np.unique(index)) != len(index):
+    why = ", ".join(odd) or f"the index {index.dtype}{list(index.shape)} repeats some or is no list of integers"
+    raise ValueError(f"{path} does not hold each of {examples!r} examples once: {why}; record the teacher again")
+  return flat
 
 
 def recorded(path: str = "batch.teacher") -> Model:

@@ -4,7 +4,7 @@ from kdflax.files import DiskFull, digest, write_atomically
 from kdflax.model import named_key
 from kdflax.training import metrics
 from kdflax.training.checkpoints import Checkpoints
-from kdflax.training.evaluation import apply_models, make_eval_step
+from kdflax.training.evaluation import apply_models, evaluate_dataset, make_eval_step, predict
 from kdflax.training.finite import Diverged
 from kdflax.training.guard import (
   PREEMPTED,
@@ -41,6 +41,7 @@ __all__ = [
   "TrainState",
   "apply_models",
   "digest",
+  "evaluate_dataset",
   "fit",
   "learner",
   "main_guard",
@@ -51,6 +52,7 @@ __all__ = [
   "metrics",
   "named_key",
   "place_batch",
+  "predict",
   "replicated",
   "starting_from",
   "stop_on_signals",

@@ -5,7 +5,7 @@ their mean over a whole data set is then exact whatever the batches. The others 
 once.
 
 A label that is no class (-1, say, for one that is missing) is never right: as if it were one more class, of probability
-0. Mask such examples by the `where` of the Term to leave them out.
+0. Mask such examples by the `where` of the Term to leave them out. Of logits that hold a NaN every metric is NaN.
 """
 
 import logging
@@ -25,14 +25,15 @@ TaskMetrics = Mapping[str, Mapping[str, Any]]  # by task and metric
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """1 where the most likely class is the label, else 0: `[..., classes], [...] -> [...]`."""
   _check_labels(logits, labels)
-  return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+  return _nan_of_broken(jnp.argmax(logits, axis=-1) == labels, logits)
 
 
 def negative_log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """`-log softmax(logits)[label]`, in nats: `[..., classes], [...] -> [...]`; infinite where the label is no class."""
   known = _check_labels(logits, labels)
   chosen = jnp.where(known, labels, 0)[..., None]
-  return jnp.where(known, -jnp.take_along_axis(_log_softmax(logits), chosen, axis=-1)[..., 0], jnp.inf)
+  likelihood = jnp.take_along_axis(_log_softmax(logits), chosen, axis=-1)[..., 0]
+  return _nan_of_broken(jnp.where(known, -likelihood, jnp.inf), logits)
 
 
 def brier_score(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -48,7 +49,7 @@ def brier_score(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
   """1 where student and teacher choose the same class, else 0: `[..., classes]` twice `-> [...]`."""
   _check_same(student_logits=student_logits, teacher_logits=teacher_logits)
-  return accuracy(student_logits, jnp.argmax(teacher_logits, axis=-1))
+  return _nan_of_broken(accuracy(student_logits, jnp.argmax(teacher_logits, axis=-1)), teacher_logits)
 
 
 def teacher_kl(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
@@ -61,7 +62,8 @@ def teacher_kl(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Arra
   log_p, log_q = _log_softmax(teacher_logits), _log_softmax(student_logits)
   terms = jnp.exp(log_p) * (log_p - log_q)
   terms = jnp.where(log_q == -jnp.inf, jnp.inf, terms)  # also where p has underflown, and the product would be NaN
-  return jnp.where(log_p == -jnp.inf, 0, terms).sum(axis=-1)
+  terms = jnp.where(log_p == -jnp.inf, 0, terms).sum(axis=-1)
+  return _nan_of_broken(_nan_of_broken(terms, student_logits), teacher_logits)
 
 
 def absolute_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
@@ -286,6 +288,12 @@ def _check_same(**arrays: Any) -> None:
   shapes = {name: jnp.shape(array) for name, array in arrays.items()}
   if len(set(shapes.values())) > 1:
     raise ValueError(f"{' and '.join(shapes)} must have one shape; got {shapes}")
+
+
+def _nan_of_broken(values: jax.Array, logits: jax.Array) -> jax.Array:
+  """The values in float32 or wider, NaN where a row of logits holds NaN: of it argmax says the class of the NaN."""
+  values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+  return jnp.where(jnp.isnan(logits).any(axis=-1), jnp.nan, values)
 
 
 def _log_softmax(logits: jax.Array) -> jax.Array:

@@ -234,3 +234,35 @@ def test_a_random_teacher_works_inside_a_step_and_follows_its_schedule():
     expected = jax.tree.map(lambda p, g: p - g, state.params["student"], jax.grad(kl)(state.params["student"]))
     state, _ = step(state, batch, frozen)
     jax.tree.map(lambda a, b: _close(np.asarray(a), np.asarray(b), 1e-5), state.params["student"], expected)
+
+
+_BROKEN = {
+  "average_logits": lambda paths: teachers.average_logits(paths),
+  "average_probabilities": lambda paths: teachers.average_probabilities(paths, temperature=2.0),
+  "confidence_weighted": lambda paths: teachers.confidence_weighted(paths),
+  "random_teacher": lambda paths: teachers.random_teacher(paths),
+  "subset_teachers": lambda paths: teachers.subset_teachers(paths, [range(4), range(4)], 4, overlap=True),
+}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", _BROKEN)
+def test_what_a_broken_teacher_says_stays_nan(name, value):
+  first = np.array([[2.0, 1, 0, -1]] * 2, np.float32)
+  second = np.array([[0.0, 3, 1, 1]] * 2, np.float32)
+  second[1, 2] = value
+  inputs = [first, second, np.array([1, 1])] if name == "confidence_weighted" else [first, second]
+  outputs, _ = _BROKEN[name](["a.logits", "b.logits"]).apply({}, {}, inputs, train=False, key=None)
+  probabilities = jax.nn.softmax(outputs["logits"])
+  assert np.isfinite(probabilities[0]).all() and np.isnan(probabilities[1]).all()
+
+
+def test_a_broken_teacher_of_weight_0_takes_no_part():
+  first, second = np.array([[2.0, 1, 0, -1]], np.float32), np.array([[0.0, np.nan, np.inf, 1]], np.float32)
+  for make in (teachers.average_logits, teachers.average_probabilities):
+    outputs, _ = make(["a.logits", "b.logits"], weights=[1, 0]).apply({}, {}, [first, second], train=False, key=None)
+    np.testing.assert_allclose(jax.nn.softmax(outputs["logits"]), jax.nn.softmax(first), rtol=1e-6)
+    broken, _ = make(["a.logits", "b.logits"], weights=lambda step: jnp.full(2, jnp.nan)).apply(
+      {}, {}, [first, first, jnp.int32(1)], train=False, key=None
+    )
+    assert np.isnan(jax.nn.softmax(broken["logits"])).all()

@@ -1,12 +1,15 @@
 """Recorded teachers: what comes back is what was recorded, for the examples asked for, or an error."""
 
 import errno
+import hashlib
+import json
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from kdflax import losses, models, teachers, training
 from kdflax.objectives import Term, evaluate
@@ -170,3 +173,66 @@ def test_a_live_teacher_and_its_record_serve_the_same_terms(tmp_path):
   assert live["teacher"].keys() == stored["teacher"].keys()
   compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
   jax.tree.map(compare, evaluate(terms, live), evaluate(terms, stored))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, np.complex64, jnp.int4])
+def test_what_would_not_come_back_is_not_recorded(tmp_path, dtype):
+  """The record may be the only copy of a teacher."""
+  with pytest.raises(ValueError, match=r"logits is .*, which a safetensors file does not bring back"):
+    teachers.record(tmp_path / "record", {"logits": np.ones((4, 3)).astype(dtype)}, INDEX)
+  with pytest.raises(ValueError, match=r"params/w is .*, which a safetensors file does not bring back"):
+    teachers.save_variables(tmp_path / "file", ({"w": jnp.ones(3).astype(dtype)}, {}))
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64, np.int8, np.uint16, np.int64, np.bool_])
+def test_every_other_dtype_comes_back(tmp_path, dtype):
+  outputs = {"logits": np.ones((4, 3)).astype(dtype), "none": np.ones((4, 0)).astype(dtype)}
+  teachers.record(tmp_path / "record", outputs, INDEX)
+  _assert_same(teachers.read_record(tmp_path / "record"), outputs)
+  teachers.save_variables(tmp_path / "file", (outputs, {}))
+  _assert_same(teachers.load_variables(tmp_path / "file")[0], outputs)
+
+
+def _forge(folder, arrays, examples):
+  """A record whose manifest agrees with the content, whatever that is."""
+  content = arrays if isinstance(arrays, bytes) else save(arrays)
+  (folder / "outputs.safetensors").write_bytes(content)
+  manifest = {"sha256": hashlib.sha256(content).hexdigest(), "examples": examples, "source": {}}
+  (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+  ("arrays", "message"),
+  [
+    ({"logits": np.ones((3, 2)), "index": np.array([1, 2, 1])}, "each of 3 examples once: the index .* repeats some"),
+    ({"logits": np.ones((4, 2)), "index": np.array([1, 2, 3])}, r"once: logits has shape \[4, 2\]"),
+    ({"logits": np.ones((3, 2)), "index": np.array([1, 2, 3, 4])}, r"once: index has shape \[4\]"),
+    ({"logits": np.ones((3, 2)), "index": np.ones(3)}, r"the index float64\[3\]"),
+    ({"logits": np.array(1.0), "index": np.arange(3)}, r"once: logits has shape \[\]"),
+    ({"logits": np.ones((3, 2))}, "is no record .KeyError"),
+    ({"a": np.ones(3), "a.b": np.ones(3), "index": np.arange(3)}, "once: a is the beginning of a"),
+    (b"", "is no record"),
+    (b"\xff" * 100, "is no record"),
+  ],
+  ids=["twice", "surplus", "index", "kind", "scalar", "no index", "names", "empty", "noise"],
+)
+def test_a_record_that_only_its_manifest_believes_is_refused(tmp_path, arrays, message):
+  _forge(tmp_path, arrays, 3)
+  with pytest.raises(ValueError, match=message):
+    teachers.read_record(tmp_path, np.array([1, 2]))
+
+
+def test_an_empty_record_lacks_every_example(tmp_path):
+  teachers.record(tmp_path, {"logits": np.ones((0, 3))}, np.zeros(0, int))
+  assert teachers.read_record(tmp_path)["logits"].shape == (0, 3)
+  with pytest.raises(ValueError, match="lacks 2 of the examples"):
+    teachers.read_record(tmp_path, np.array([1, 2]))
+
+
+@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"sha256": "12"}'], ids=["deep", "short"])
+def test_a_manifest_of_another_form_is_named(tmp_path, manifest):
+  teachers.record(tmp_path, _outputs(), INDEX)
+  (tmp_path / "manifest.json").write_text(manifest)
+  with pytest.raises(ValueError, match=r"manifest\.json is damaged .*; record the teacher again"):
+    teachers.read_record(tmp_path)

@@ -163,3 +163,16 @@ def test_sums_that_are_not_finite_stay_so():
     for term in (1.0, value, 2.0):
       running = metrics.accumulate(running, {"loss": (jnp.float32(term), jnp.float32(1))})
     np.testing.assert_equal(metrics.means(metrics.total(running))["loss"], value)
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("label", [0, 1, 3, -1])
+def test_predictions_that_are_no_numbers_are_neither_right_nor_wrong(at, label):
+  good, broken = np.array([[2.0, 0, 1, -1]] * 2, np.float32), np.array([[2.0, 0, 1, -1]] * 2, np.float32)
+  broken[1, at] = np.nan
+  labels = np.array([0, label])
+  for metric in (metrics.accuracy, metrics.negative_log_likelihood, metrics.brier_score):
+    np.testing.assert_array_equal(np.isnan(metric(broken, labels)), [False, True])
+  for metric in (metrics.agreement, metrics.teacher_kl):
+    np.testing.assert_array_equal(np.isnan(metric(broken, good)), [False, True])
+    np.testing.assert_array_equal(np.isnan(metric(good, broken)), [False, True])
