@@ -8,25 +8,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = sorted((ROOT / "kdflax").rglob("*.py"))
-# Rooms that do not keep a rule yet; one that keeps it is taken out and never comes back.
-NOT_YET = {
-  "messages": ("losses", "numerics", "teachers"),
-  "references": ("losses", "models", "teachers", "training"),
-  "order": (),
-  "precision": ("losses", "numerics"),
-}
+each_module = pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(ROOT)) for path in MODULES])
 SECTIONS = ("Args:", "Returns:", "Raises:", "Examples:", "Reference:")
 # Full names, title in quotes, year, number. What follows says where this function differs from other code.
 PAPER = re.compile(r'Reference: (?P<authors>[^"]+), "(?P<title>[^"]+)", (?P<rest>.+)$', re.DOTALL)
 PLACE = re.compile(r"(?!arXiv)(?:[^.;]+ )?(?:19|20)\d\d(?:, arXiv \d{4}\.\d{4,5})?\b")
-
-
-def _room(path):
-  return path.relative_to(ROOT / "kdflax").parts[0].removesuffix(".py")
-
-
-def _paths(rule):
-  return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in MODULES if _room(path) not in NOT_YET[rule]]
 
 
 def _end(node):
@@ -75,12 +61,12 @@ def fault(reference):
   return None
 
 
-@pytest.mark.parametrize("path", _paths("messages"))
+@each_module
 def test_messages_have_no_final_full_stop(path):
   assert [(line, text) for line, text in messages(ast.parse(path.read_text())) if text.rstrip().endswith(".")] == []
 
 
-@pytest.mark.parametrize("path", _paths("references"))
+@each_module
 def test_references_have_one_form(path):
   found = {
     name: fault(reference) for name, text in docstrings(ast.parse(path.read_text())) for reference in references(text)
@@ -88,14 +74,14 @@ def test_references_have_one_form(path):
   assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
-@pytest.mark.parametrize("path", _paths("order"))
+@each_module
 def test_sections_of_a_docstring_stand_in_one_order(path):
   for name, text in docstrings(ast.parse(path.read_text())):
     headings = [line.split(" ")[0] for line in text.splitlines() if line.startswith(SECTIONS)]
     assert headings == sorted(headings, key=SECTIONS.index), f"{name}: {headings}"
 
 
-@pytest.mark.parametrize("path", _paths("precision"))
+@each_module
 def test_high_precision_has_one_spelling(path):
   text = path.read_text()
   assert not re.search(r"precision=[\"']|(?<!jax\.)lax\.Precision", text), "write precision=jax.lax.Precision.HIGHEST"

@@ -34,8 +34,8 @@ def attention_transfer(
     ValueError: if the batch or the number of axes differ, an input is not floating, `where` does not fit, or `power` is
       below 1.
 
-  Reference: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017, arXiv 1612.03928. The paper sums the
-  norm of the difference; this is the mean over positions of its square, as its authors' code computes.
+  Reference: Sergey Zagoruyko and Nikos Komodakis, "Paying More Attention to Attention", 2017, arXiv 1612.03928. The
+  paper sums the norm of the difference; this is the mean over positions of its square, as its authors' code computes.
   """
   _check_power("power", power)
   student, teacher = map_pair(student, teacher, where)
@@ -73,9 +73,9 @@ def factor_transfer(
     ValueError: if the batch or the number of axes differ, an input is not floating, `where` does not fit,
       `input_power` is not a positive integer or `output_power` is below 1.
 
-  Reference: Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", 2018, arXiv
-  1802.04977. The paper normalises the whole factor: for that, give factors as `[batch, positions, 1]` with
-  `input_power=1`. Its p-norm is a mean of p-th powers here, as in the widely used implementations.
+  Reference: Jangho Kim, SeongUk Park and Nojun Kwak, "Paraphrasing Complex Network: Network Compression via Factor
+  Transfer", 2018, arXiv 1802.04977. The paper normalises the whole factor: for that, give factors as `[batch,
+  positions, 1]` with `input_power=1`. Its p-norm is a mean of p-th powers here, as in the widely used implementations.
   """
   _check_power("input_power", input_power)
   _check_power("output_power", output_power)
@@ -116,9 +116,10 @@ def class_attention_transfer(
     ValueError: if the batch, the number of axes or the classes differ, an input is not floating, `where` does not
       fit or `size` is not positive.
 
-  Reference: Guo, Yan, Li and Lin, "Class Attention Transfer Based Knowledge Distillation", 2023, arXiv 2304.12777.
-  Like the authors' code this is a mean over the positions too. Their settings turn the normalisation off where student
-  and teacher are networks of one family, and keep it, some with `size=4`, between families.
+  Reference: Ziyao Guo, Haonan Yan, Hui Li and Xiaodong Lin, "Class Attention Transfer Based Knowledge Distillation",
+  2023, arXiv 2304.12777. Like the authors' code this is a mean over the positions too. Their settings turn the
+  normalisation off where student and teacher are networks of one family, and keep it, some with `size=4`, between
+  families.
   """
   if not isinstance(size, int) or size < 1:
     raise ValueError(f"size must be a positive int, not traced; got {size!r}")

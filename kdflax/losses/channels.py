@@ -53,8 +53,8 @@ def channel_wise(
     >>> print(f"{channel_wise(student, teacher, temperature=1.0)[0]:.4f}")
     0.4621
 
-  Reference: Shu, Liu, Gao, Yan and Shen, "Channel-wise Knowledge Distillation for Dense Prediction", 2021, arXiv
-  2011.13256.
+  Reference: Changyong Shu, Yifan Liu, Jianfei Gao, Zheng Yan and Chunhua Shen, "Channel-wise Knowledge Distillation for
+  Dense Prediction", 2021, arXiv 2011.13256.
   """
   check_channels(student=student, teacher=teacher)
   student, teacher = (in_a_row(f).mT for f in map_pair(student, teacher, where))
@@ -101,9 +101,10 @@ def channel_correlation(
     >>> print(channel_correlation(student, 5 - 2 * student).round(4))
     [2. 2.]
 
-  Reference: Cao, Zhang, Gao, Cheng, Cheng and Zhang, "PKD: General Distillation Framework for Object Detectors via
-  Pearson Correlation Coefficient", 2022, arXiv 2207.02039. The widely used implementation divides by a standard
-  deviation with n - 1 in the denominator; this has n, so that the number is one minus the correlation.
+  Reference: Weihan Cao, Yifan Zhang, Jianfei Gao, Anda Cheng, Ke Cheng and Jian Cheng, "PKD: General Distillation
+  Framework for Object Detectors via Pearson Correlation Coefficient", 2022, arXiv 2207.02039. The widely used
+  implementation divides by a standard deviation with n - 1 in the denominator; this has n, so that the number is one
+  minus the correlation.
   """
   check_maps(student=student, teacher=teacher)
   check_same("shape (or a connector between them)", student=jnp.shape(student), teacher=jnp.shape(teacher))
@@ -113,8 +114,8 @@ def channel_correlation(
   count = jnp.maximum(all_sum(counted.sum(), axis_name), 1)
   examples = all_sum(flatten(counted).any(axis=1).sum(), axis_name)
   # Down the rows by matrix products, as in `dist`.
-  down = lambda x: all_sum(jnp.matmul(counted.reshape(-1), x, precision="highest"), axis_name)
-  spread = lambda x: jnp.tensordot(jnp.ones(counted.size, x.dtype), x, axes=0, precision="highest")
+  down = lambda x: all_sum(jnp.matmul(counted.reshape(-1), x, precision=jax.lax.Precision.HIGHEST), axis_name)
+  spread = lambda x: jnp.tensordot(jnp.ones(counted.size, x.dtype), x, axes=0, precision=jax.lax.Precision.HIGHEST)
 
   def score(x: jax.Array) -> jax.Array:
     """Of norm 1 over the batch; from units of its own, so that no square leaves the range of the dtype."""

@@ -100,9 +100,9 @@ def crd(
   Raises:
     ValueError: if shapes do not fit each other or an input has the wrong kind of dtype.
 
-  Reference: Tian, Krishnan and Isola, "Contrastive Representation Distillation", 2020, arXiv 1910.10699. Negatives are
-  the caller's choice; the authors' code draws them from other classes. There is no `where`, since a masked example
-  would still have to be kept out of Z and of the memory; leave it out of the batch.
+  Reference: Yonglong Tian, Dilip Krishnan and Phillip Isola, "Contrastive Representation Distillation", 2020, arXiv
+  1910.10699. Negatives are the caller's choice; the authors' code draws them from other classes. There is no `where`,
+  since a masked example would still have to be kept out of Z and of the memory; leave it out of the batch.
   """
   check_same(
     "shape", student_embeddings=jnp.shape(student_embeddings), teacher_embeddings=jnp.shape(teacher_embeddings)
@@ -260,8 +260,9 @@ def info_nce(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: van den Oord, Li and Vinyals, "Representation Learning with Contrastive Predictive Coding", 2018,
-  arXiv 1807.03748. One direction: student anchors among teacher embeddings; swap the arguments for the other.
+  Reference: Aaron van den Oord, Yazhe Li and Oriol Vinyals, "Representation Learning with Contrastive Predictive
+  Coding", 2018, arXiv 1807.03748. One direction: student anchors among teacher embeddings; swap the arguments for the
+  other.
   """
   check_same("shape", student=jnp.shape(student), teacher=jnp.shape(teacher))
   student, teacher = (l2_normalize(flatten(x)) for x in as_examples(where, lead=1, student=student, teacher=teacher))

@@ -80,7 +80,8 @@ def forward_kl(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
+  Reference: Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv
+  1503.02531.
   """
   log_q, log_p = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature)
   return mask(relative_entropy(log_p, log_q), where)
@@ -111,8 +112,8 @@ def reverse_kl(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Gu, Dong, Wei and Huang, "MiniLLM: Knowledge Distillation of Large Language Models", 2024, arXiv 2306.08543
-  (the divergence of each token; the paper samples sequences from the student).
+  Reference: Yuxian Gu, Li Dong, Furu Wei and Minlie Huang, "MiniLLM: Knowledge Distillation of Large Language Models",
+  2024, arXiv 2306.08543 (the divergence of each token; the paper samples sequences from the student).
   """
   log_q, log_p = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature)
   return mask(relative_entropy(log_q, log_p), where)
@@ -143,8 +144,8 @@ def total_variation(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Wen, Li, Du and Mou, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", 2023,
-  arXiv 2307.15190.
+  Reference: Yuqiao Wen, Zichao Li, Wenyu Du and Lili Mou, "f-Divergence Minimization for Sequence-Level Knowledge
+  Distillation", 2023, arXiv 2307.15190.
   """
   student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
   q, p = softmax(soften(student, temperature)), softmax(soften(teacher, temperature))
@@ -184,8 +185,8 @@ def skew_kl(
     ValueError: if the shapes differ, an input is not floating, `where` does not fit, or `alpha` is a number
       outside [0, 1).
 
-  Reference: Ko, Kim, Chen and Yun, "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024,
-  arXiv 2402.03898.
+  Reference: Jongwoo Ko, Sungnyun Kim, Tianyi Chen and Se-Young Yun, "DistiLLM: Towards Streamlined Distillation for
+  Large Language Models", 2024, arXiv 2402.03898.
   """
   _check_share("alpha", alpha, where)
   log_q, log_p, alpha = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, alpha=alpha)
@@ -221,8 +222,8 @@ def reverse_skew_kl(
     ValueError: if the shapes differ, an input is not floating, `where` does not fit, or `alpha` is a number
       outside [0, 1).
 
-  Reference: Ko, Kim, Chen and Yun, "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024,
-  arXiv 2402.03898.
+  Reference: Jongwoo Ko, Sungnyun Kim, Tianyi Chen and Se-Young Yun, "DistiLLM: Towards Streamlined Distillation for
+  Large Language Models", 2024, arXiv 2402.03898.
   """
   _check_share("alpha", alpha, where)
   log_q, log_p, alpha = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, alpha=alpha)
@@ -259,8 +260,9 @@ def jensen_shannon(
     ValueError: if the shapes differ, an input is not floating, `beta` is a number outside [0, 1] or an array that is
       not inside (0, 1), or `where` does not fit.
 
-  Reference: Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", 2024,
-  arXiv 2306.13649. Some implementations mix probabilities in the dtype of the inputs, which turns negative in bfloat16.
+  Reference: Rishabh Agarwal, Nino Vieillard, Yongchao Zhou, Piotr Stanczyk, Sabela Ramos, Matthieu Geist and Olivier
+  Bachem, "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", 2024, arXiv 2306.13649.
+  Some implementations mix probabilities in the dtype of the inputs, which turns negative in bfloat16.
   """
   if jnp.ndim(beta) == 0 and not isinstance(beta, Tracer):
     if not 0 <= beta <= 1:
@@ -333,10 +335,11 @@ def alpha_beta(
     >>> print(f"{alpha_beta(student, teacher, alpha=0.5, beta=0.5)[0]:.4f}")
     0.0740
 
-  Reference: Wang, Yang, Wang, Wang, Xu and Huang, "ABKD: Pursuing a Proper Allocation of the Probability Mass in
-  Knowledge Distillation via alpha-beta-Divergence", 2025, arXiv 2505.04560. In the limits the authors' code has alpha
-  or beta times this. Here every term is `(log q - log p)^2 exp[(a+b) log p, a log p + b log q, (a+b) log q]`, a divided
-  difference of the exponential, which is the same number and has all the limits.
+  Reference: Guanghui Wang, Zhiyong Yang, Zitai Wang, Shi Wang, Qianqian Xu and Qingming Huang, "ABKD: Pursuing a Proper
+  Allocation of the Probability Mass in Knowledge Distillation via alpha-beta-Divergence", 2025, arXiv 2505.04560. In
+  the limits the authors' code has alpha or beta times this. Here every term is `(log q - log p)^2 exp[(a+b) log p, a
+  log p + b log q, (a+b) log q]`, a divided difference of the exponential, which is the same number and has all the
+  limits.
   """
   log_q, log_p, alpha, beta = _log_probabilities(
     student_logits, teacher_logits, where, temperature=temperature, alpha=alpha, beta=beta

@@ -42,8 +42,9 @@ def hint(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = No
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015, arXiv 1412.6550. The paper has half the squared
-  norm of the difference; like the widely used implementations this is the mean over the entries.
+  Reference: Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta and Yoshua Bengio,
+  "FitNets: Hints for Thin Deep Nets", 2015, arXiv 1412.6550. The paper has half the squared norm of the difference;
+  like the widely used implementations this is the mean over the entries.
   """
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   return example_means(jnp.square(student - teacher), where)
@@ -68,9 +69,9 @@ def cosine(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = 
   Raises:
     ValueError: if the shapes differ or have one axis, an input is not floating, or `where` does not fit.
 
-  Reference: Wang et al., "In Defense of Feature Mimicking for Knowledge Distillation", 2020, arXiv 2011.01424, which
-  argues for matching directions rather than lengths, by other means; the cosine is the form in common use. Taken from
-  the distance of the normalised vectors, so nearly parallel features keep their digits.
+  Reference: Guo-Hua Wang, Yifan Ge and Jianxin Wu, "In Defense of Feature Mimicking for Knowledge Distillation", 2020,
+  arXiv 2011.01424, which argues for matching directions rather than lengths, by other means; the cosine is the form in
+  common use. Taken from the distance of the normalised vectors, so nearly parallel features keep their digits.
   """
   student, teacher = _directions(where, student=student, teacher=teacher)
   both_have_a_direction = student.any(axis=-1) & teacher.any(axis=-1)
@@ -105,8 +106,8 @@ def smooth_l1(
     >>> print(smooth_l1(jnp.array([[0.5, 3.0]]), jnp.zeros((1, 2))))
     [1.3125]
 
-  Reference: Girshick, "Fast R-CNN", 2015, arXiv 1504.08083. Theia, UNIC and DUNE add it to `cosine`; the Huber loss is
-  beta times this.
+  Reference: Ross Girshick, "Fast R-CNN", 2015, arXiv 1504.08083. Theia, UNIC and DUNE add it to `cosine`; the Huber
+  loss is beta times this.
   """
   check_range("beta", beta, "above 0", lambda value: value > 0)
   student, teacher = _same_shape(where, student=student, teacher=teacher)
@@ -143,8 +144,8 @@ def log_distance(
     >>> print(f"{log_distance(jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2)), power=2.0)[0]:.4f}")
     1.6094
 
-  Reference: Miles and Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation", 2024, arXiv
-  2303.11098. torchdistill takes the logarithm of the sum over the whole batch.
+  Reference: Roy Miles and Krystian Mikolajczyk, "Understanding the Role of the Projector in Knowledge Distillation",
+  2024, arXiv 2303.11098. torchdistill takes the logarithm of the sum over the whole batch.
   """
   check_range("power", power, "at least 1", lambda value: value >= 1)
   student, teacher = _same_shape(where, student=student, teacher=teacher)
@@ -183,8 +184,8 @@ def log_sigmoid_cosine(student: jax.Array, teacher: jax.Array, *, where: jax.Arr
     >>> print(f"{log_sigmoid_cosine(jnp.array([[2.0, 0.0]]), jnp.array([[1.0, 0.0]]))[0]:.4f}")
     0.3133
 
-  Reference: Chang, Yang and Lee, "DistilHuBERT: Speech Representation Learning by Layer-wise Distillation of
-  Hidden-unit BERT", 2022, arXiv 2110.01900, which adds it to the mean absolute difference.
+  Reference: Heng-Jui Chang, Shu-wen Yang and Hung-yi Lee, "DistilHuBERT: Speech Representation Learning by Layer-wise
+  Distillation of Hidden-unit BERT", 2022, arXiv 2110.01900, which adds it to the mean absolute difference.
   """
   student, teacher = _directions(where, student=student, teacher=teacher)
   return example_means(-jax.nn.log_sigmoid((student * teacher).sum(axis=-1)), where)
@@ -213,8 +214,9 @@ def hierarchical_context(
     ValueError: if the shapes differ or have no spatial axis, an input is not floating, `where` does not fit, or
       `levels` are not positive whole numbers.
 
-  Reference: Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", 2021, arXiv 2104.09044, the
-  hierarchical context loss. The review of several layers, with its fusion of student stages, is the model's part.
+  Reference: Pengguang Chen, Shu Liu, Hengshuang Zhao and Jiaya Jia, "Distilling Knowledge via Knowledge Review", 2021,
+  arXiv 2104.09044, the hierarchical context loss. The review of several layers, with its fusion of student stages, is
+  the model's part.
   """
   check_maps(student=student, teacher=teacher)
   student, teacher = _same_shape(where, student=student, teacher=teacher)
@@ -255,8 +257,9 @@ def vid(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `variance` or `where` does not fit.
 
-  Reference: Ahn, Hu, Damianou, Lawrence and Dai, "Variational Information Distillation for Knowledge Transfer", 2019,
-  arXiv 1904.05835. mdistiller never trains its variance, because the optimizer does not see it.
+  Reference: Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information
+  Distillation for Knowledge Transfer", 2019, arXiv 1904.05835. mdistiller never trains its variance, because the
+  optimizer does not see it.
   """
   predicted_mean, teacher = _same_shape(where, predicted_mean=predicted_mean, teacher=teacher)
   spread = _like(teacher, variance=variance)
@@ -288,8 +291,9 @@ def activation_boundary(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Heo, Lee, Yun and Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden
-  Neurons", 2019, arXiv 1811.03233. RepDistiller adds factors of 3 / 1000 and powers of two over the layers.
+  Reference: Byeongho Heo, Minsik Lee, Sangdoo Yun and Jin Young Choi, "Knowledge Transfer via Distillation of
+  Activation Boundaries Formed by Hidden Neurons", 2019, arXiv 1811.03233. RepDistiller adds factors of 3 / 1000 and
+  powers of two over the layers.
   """
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   margin = _like(teacher, margin=margin)
@@ -320,9 +324,10 @@ def ofd(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `margin` or `where` does not fit.
 
-  Reference: Heo et al., "A Comprehensive Overhaul of Feature Distillation", 2019, arXiv 1904.01866. Summed like the
-  authors' code, which gives it the weight 1e-3 and halves it for each earlier layer. There the teacher's batch
-  normalisation runs on batch statistics; which statistics made the features is up to the model here.
+  Reference: Byeongho Heo, Jeesoo Kim, Sangdoo Yun, Hyojin Park, Nojun Kwak and Jin Young Choi, "A Comprehensive
+  Overhaul of Feature Distillation", 2019, arXiv 1904.01866. Summed like the authors' code, which gives it the weight
+  1e-3 and halves it for each earlier layer. There the teacher's batch normalisation runs on batch statistics; which
+  statistics made the features is up to the model here.
   """
   student, teacher = _same_shape(where, student=student, teacher=teacher)
   target = jnp.maximum(teacher, _like(teacher, margin=margin))
@@ -350,8 +355,8 @@ def ofd_margin(bn_scale: jax.Array, bn_bias: jax.Array) -> jax.Array:
   Raises:
     ValueError: if the shapes differ or an input is not floating.
 
-  Reference: Heo et al., "A Comprehensive Overhaul of Feature Distillation", 2019, arXiv 1904.01866. The authors' code
-  divides by zero for a scale of 0.
+  Reference: Byeongho Heo, Jeesoo Kim, Sangdoo Yun, Hyojin Park, Nojun Kwak and Jin Young Choi, "A Comprehensive
+  Overhaul of Feature Distillation", 2019, arXiv 1904.01866. The authors' code divides by zero for a scale of 0.
   """
   check_same("shape", bn_scale=jnp.shape(bn_scale), bn_bias=jnp.shape(bn_bias))
   scale, bias = as_examples(None, lead=0, bn_scale=bn_scale, bn_bias=bn_bias)

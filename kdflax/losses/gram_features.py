@@ -46,9 +46,9 @@ def fsp(
     ValueError: if the batches, the numbers of axes or the channels differ, an input is not floating, or `where` does
       not fit.
 
-  Reference: Yim, Joo, Bae and Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and
-  Transfer Learning", CVPR 2017, not on arXiv. The paper max-pools the larger map, as torchdistill does; this averages,
-  as RepDistiller does.
+  Reference: Junho Yim, Donggyu Joo, Jihoon Bae and Junmo Kim, "A Gift from Knowledge Distillation: Fast Optimization,
+  Network Minimization and Transfer Learning", CVPR 2017, not on arXiv. The paper max-pools the larger map, as
+  torchdistill does; this averages, as RepDistiller does.
   """
   student, teacher = _layer_pairs(where, student_first, student_last, teacher_first, teacher_last)
 
@@ -91,8 +91,8 @@ def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = Non
   Raises:
     ValueError: if the batch or the number of axes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017, arXiv
-  1707.01219. Common implementations hold an array of batch x channels x channels x positions.
+  Reference: Zehao Huang and Naiyan Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
+  arXiv 1707.01219. Common implementations hold an array of batch x channels x channels x positions.
   """
   student, teacher = (l2_normalize(in_a_row(f), axis=1) for f in map_pair(student, teacher, where))
   (_, positions, s), (_, _, t) = student.shape, teacher.shape
@@ -134,8 +134,9 @@ def inter_channel_correlation(student: jax.Array, teacher: jax.Array, *, where: 
     ValueError: if the batch, the number of axes or the channels differ, an input is not floating, or `where` does not
       fit.
 
-  Reference: Liu et al., "Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", 2021,
-  arXiv 2202.03680. torchdistill divides by the batch once more.
+  Reference: Li Liu, Qingle Huang, Sihao Lin, Hongwei Xie, Bing Wang, Xiaojun Chang and Xiaodan Liang, "Exploring
+  Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", 2021, arXiv 2202.03680. torchdistill
+  divides by the batch once more.
   """
   check_maps(student=student, teacher=teacher)
   check_channels(student=student, teacher=teacher)
@@ -197,9 +198,9 @@ def kdsvd(
     ValueError: if the batches, the numbers of axes or the channels differ, an input is not floating, `where` does not
       fit or `k` is out of range.
 
-  Reference: Lee, Kim and Song, "Self-supervised Knowledge Distillation Using Singular Value Decomposition", 2018, arXiv
-  1807.06819. The derivative of the decomposition is NaN at equal singular values in common implementations, and
-  mdistiller decomposes over the width instead of the channels.
+  Reference: Seung Hyun Lee, Dae Ha Kim and Byung Cheol Song, "Self-supervised Knowledge Distillation Using Singular
+  Value Decomposition", 2018, arXiv 1807.06819. The derivative of the decomposition is NaN at equal singular values in
+  common implementations, and mdistiller decomposes over the width instead of the channels.
   """
   student, teacher = _layer_pairs(where, student_first, student_last, teacher_first, teacher_last)
   smallest = min(min(in_a_row(features).shape[1:]) for features in teacher)

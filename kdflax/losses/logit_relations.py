@@ -11,7 +11,7 @@ from kdflax.numerics.log_probabilities import log_softmax, logit_pair, soften, s
 from kdflax.numerics.products import gram_difference, gram_difference_half_tangent, inner_products
 from kdflax.numerics.safe import safe_divide
 
-_matmul = functools.partial(jnp.matmul, precision="highest")
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def dist(
@@ -49,8 +49,9 @@ def dist(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022, arXiv 2205.10536. The authors' code
-  bounds the norms from below by an absolute constant; here a vector is constant if it varies by less than its rounding.
+  Reference: Tao Huang, Shan You, Fei Wang, Chen Qian and Chang Xu, "Knowledge Distillation from A Stronger Teacher",
+  2022, arXiv 2205.10536. The authors' code bounds the norms from below by an absolute constant; here a vector is
+  constant if it varies by less than its rounding.
   """
   hyper = {"temperature": temperature, "beta": beta, "gamma": gamma}
   student, teacher, temperature, beta, gamma = logit_pair(student_logits, teacher_logits, where, **hyper)
@@ -64,7 +65,7 @@ def dist(
   # derivative of a broadcast.
   counted = jnp.ones(len(q), q.dtype) if where is None else jnp.asarray(where, q.dtype).reshape(-1)
   down = lambda x: all_sum(_matmul(counted, x), axis_name)
-  spread = lambda x: jnp.tensordot(jnp.ones(len(q), q.dtype), x, axes=0, precision="highest")
+  spread = lambda x: jnp.tensordot(jnp.ones(len(q), q.dtype), x, axes=0, precision=jax.lax.Precision.HIGHEST)
   within_class = correlation_distance(q, p, count, down, spread)
   within_example, within_class = (
     each.sum(axis=-1).reshape(jnp.shape(student_logits)[:-1])
@@ -105,7 +106,7 @@ def class_correlation(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Jin, Wang and Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
+  Reference: Ying Jin, Jiaqi Wang and Dahua Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
   """
   q, p, count = _probabilities(student_logits, teacher_logits, temperature, where, axis_name)
   classes = q.shape[-1]
@@ -155,7 +156,7 @@ def batch_correlation(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Jin, Wang and Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
+  Reference: Ying Jin, Jiaqi Wang and Dahua Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
   """
   q, p, _ = _probabilities(student_logits, teacher_logits, temperature, where, axis_name)
   if axis_name is None:

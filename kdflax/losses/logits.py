@@ -40,9 +40,10 @@ def kl_soft_targets(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
-  PyTorch's default `kl_div` reduction divides by the number of classes as well; this does not. Mutual learning (Zhang
-  et al., "Deep Mutual Learning", 2018, arXiv 1706.00384) is this loss in both directions, one for each peer.
+  Reference: Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv
+  1503.02531. PyTorch's default `kl_div` reduction divides by the number of classes as well; this does not. Mutual
+  learning (Ying Zhang, Tao Xiang, Timothy M. Hospedales and Huchuan Lu, "Deep Mutual Learning", 2018, arXiv 1706.00384)
+  is this loss in both directions, one for each peer.
   """
   student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
   divergence = relative_entropy(log_softmax(teacher, temperature), log_softmax(student, temperature))
@@ -67,8 +68,9 @@ def hard_targets(student_logits: jax.Array, teacher_logits: jax.Array, *, where:
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
-  Reference: Touvron et al., "Training data-efficient image transformers and distillation through attention", 2021,
-  arXiv 2012.12877 (hard-label distillation).
+  Reference: Hugo Touvron, Matthieu Cord, Matthijs Douze, Francisco Massa, Alexandre Sablayrolles and Hervé Jégou,
+  "Training data-efficient image transformers and distillation through attention", 2021, arXiv 2012.12877 (hard-label
+  distillation).
   """
   student, teacher = logit_pair(student_logits, teacher_logits, where)
   # The position of the maximum by two plain reductions, which a CPU does several times faster than argmax.
@@ -111,8 +113,9 @@ def bernoulli_kl(
     >>> print(f"{bernoulli_kl(student, teacher)[0]:.4f}")
     0.1109
 
-  Reference: Yang, Xie, Zong, Feng, Niu, Sugiyama and Huang, "Multi-Label Knowledge Distillation", 2023, arXiv
-  2308.06453, its logits term, which halves nothing and takes no temperature.
+  Reference: Penghui Yang, Ming-Kun Xie, Chen-Chen Zong, Lei Feng, Gang Niu, Masashi Sugiyama and Sheng-Jun Huang,
+  "Multi-Label Knowledge Distillation", 2023, arXiv 2308.06453, its logits term, which halves nothing and takes no
+  temperature.
   """
   student, teacher, temperature = logit_pair(
     student_logits, teacher_logits, where, fewest_classes=1, temperature=temperature
@@ -160,7 +163,8 @@ def wttm(
     >>> print(f"{wttm(student, teacher, gamma=0.5)[0]:.4f}")
     0.0000
 
-  Reference: Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching", 2024, arXiv 2402.11148.
+  Reference: Kaixiang Zheng and En-Hui Yang, "Knowledge Distillation Based on Transformed Teacher Matching", 2024, arXiv
+  2402.11148.
   """
   check_range("gamma", gamma, "above 0", lambda power: power > 0, where)
   student, teacher, gamma = logit_pair(student_logits, teacher_logits, where, gamma=gamma)
@@ -190,11 +194,12 @@ def standardize_logits(logits: jax.Array, *, axis: int = -1, epsilon: float | ja
   Raises:
     ValueError: if the logits are not floating or have no such axis.
 
-  Reference: Sun et al., "Logit Standardization in Knowledge Distillation", 2024, arXiv 2403.01427.
+  Reference: Shangquan Sun, Wenqi Ren, Jingzhi Li, Rui Wang and Xiaochun Cao, "Logit Standardization in Knowledge
+  Distillation", 2024, arXiv 2403.01427.
   """
   logits = jnp.asarray(logits)
   if not jnp.issubdtype(logits.dtype, jnp.floating):
-    raise ValueError(f"logits must be floating; got {logits.dtype}{list(logits.shape)}. Cast it, e.g. to float32.")
+    raise ValueError(f"logits must be floating; got {logits.dtype}{list(logits.shape)}; cast it, e.g. to float32")
   if not -logits.ndim <= axis < logits.ndim:
     raise ValueError(f"axis must be one of the {logits.ndim} axes of logits {logits.shape}; got {axis}")
   logits = logits.astype(jnp.result_type(logits.dtype, jnp.float32))
@@ -220,8 +225,8 @@ def standardized(loss: Callable[..., jax.Array], *, epsilon: float | jax.Array =
   Returns:
     A loss with the same arguments.
 
-  Reference: Sun et al., "Logit Standardization in Knowledge Distillation", 2024, arXiv 2403.01427. The division by the
-  temperature comes after it.
+  Reference: Shangquan Sun, Wenqi Ren, Jingzhi Li, Rui Wang and Xiaochun Cao, "Logit Standardization in Knowledge
+  Distillation", 2024, arXiv 2403.01427. The division by the temperature comes after it.
   """
 
   @functools.wraps(loss)

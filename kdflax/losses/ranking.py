@@ -31,8 +31,9 @@ def margin_mse(student_scores: jax.Array, teacher_scores: jax.Array, *, where: j
     >>> print(margin_mse(jnp.array([[3.0, 1.0]]), jnp.array([[8.0, 5.0]])))
     [1.]
 
-  Reference: Hofstaetter, Althammer, Schroeder, Sertkan and Hanbury, "Improving Efficient Neural Ranking Models with
-  Cross-Architecture Knowledge Distillation", 2020, arXiv 2010.02666, which has one positive and one negative.
+  Reference: Sebastian Hofstätter, Sophia Althammer, Michael Schröder, Mete Sertkan and Allan Hanbury, "Improving
+  Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation", 2020, arXiv 2010.02666, which has one
+  positive and one negative.
   """
   check_same("shape", student_scores=jnp.shape(student_scores), teacher_scores=jnp.shape(teacher_scores))
   if jnp.shape(student_scores)[-1:] == (1,):

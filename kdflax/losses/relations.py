@@ -40,8 +40,8 @@ def similarity_preserving(
   Raises:
     ValueError: if the batches differ, an input is not floating, or `where` does not fit.
 
-  Reference: Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019, arXiv 1907.09682. Rows are
-  normalised by L2 as in the paper and its authors' code; torchdistill normalises by L1.
+  Reference: Frederick Tung and Greg Mori, "Similarity-Preserving Knowledge Distillation", 2019, arXiv 1907.09682. Rows
+  are normalised by L2 as in the paper and its authors' code; torchdistill normalises by L1.
   """
   of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
   similarity = lambda side: l2_normalize(side.products())
@@ -78,8 +78,9 @@ def pkt(
   Raises:
     ValueError: if the batches differ, an input is not floating, or `where` does not fit.
 
-  Reference: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", 2018,
-  arXiv 1803.10837. The authors' code adds epsilon to the norms too, and has NaN gradients at a zero row.
+  Reference: Nikolaos Passalis and Anastasios Tefas, "Learning Deep Representations with Probabilistic Knowledge
+  Transfer", 2018, arXiv 1803.10837. The authors' code adds epsilon to the norms too, and has NaN gradients at a zero
+  row.
   """
   of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
   (epsilon,) = hyper_parameters((), None, of_student.local.dtype, epsilon=epsilon)
@@ -145,8 +146,9 @@ def correlation_congruence(
     ValueError: if the batches differ, an input is not floating, `where` does not fit, `gamma` is not a number, or
       `kernel` or `order` is not one of those allowed.
 
-  Reference: Peng et al., "Correlation Congruence for Knowledge Distillation", 2019, arXiv 1904.01802. Squared as in the
-  paper; torchdistill has the root of the sum over B^2, and RepDistiller's file of that name another loss altogether.
+  Reference: Baoyun Peng, Xiao Jin, Jiaheng Liu, Shunfeng Zhou, Yichao Wu, Yu Liu, Dongsheng Li and Zhaoning Zhang,
+  "Correlation Congruence for Knowledge Distillation", 2019, arXiv 1904.01802. Squared as in the paper; torchdistill has
+  the root of the sum over B^2, and RepDistiller's file of that name another loss altogether.
   """
   if kernel not in ("gaussian", "bilinear"):
     raise ValueError(f'kernel must be "gaussian" or "bilinear"; got {kernel!r}')
@@ -190,9 +192,9 @@ def rkd_distance(
   Raises:
     ValueError: if the batches differ, an input is not floating, or `where` does not fit.
 
-  Reference: Park, Kim, Lu and Cho, "Relational Knowledge Distillation", 2019, arXiv 1904.05068. As in the authors'
-  code, the gradient flows through the student's mean distance. Equal rows count in that mean at distance 0, where
-  some implementations drop them.
+  Reference: Wonpyo Park, Dongju Kim, Yan Lu and Minsu Cho, "Relational Knowledge Distillation", 2019, arXiv 1904.05068.
+  As in the authors' code, the gradient flows through the student's mean distance. Equal rows count in that mean at
+  distance 0, where some implementations drop them.
   """
   of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
 
@@ -251,7 +253,7 @@ def rkd_angle(
   Raises:
     ValueError: if the batches differ, an input is not floating, `where` does not fit, or `chunk` is not positive.
 
-  Reference: Park, Kim, Lu and Cho, "Relational Knowledge Distillation", 2019, arXiv 1904.05068.
+  Reference: Wonpyo Park, Dongju Kim, Yan Lu and Minsu Cho, "Relational Knowledge Distillation", 2019, arXiv 1904.05068.
   """
   if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
     raise ValueError(f"chunk must be a positive int; got {chunk!r}")
@@ -331,7 +333,7 @@ def direction(
     >>> print(f"{direction(student, teacher)[0]:.4f}")
     1.7078
 
-  Reference: Matsubara, "torchdistill", version 1.1.5, 2025, its `SKDDirectionLoss`, as its paper has it: the code
+  Reference: Yoshitomo Matsubara, "torchdistill 1.1.5", 2025, its `SKDDirectionLoss`, as its paper has it: the code
   divides the Gram matrices by the number of classes, which makes the ridge larger by the square of that.
   """
   check_range("ridge", ridge, "above 0", lambda value: value > 0)

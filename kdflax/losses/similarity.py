@@ -69,8 +69,9 @@ def similarity_distribution(
     >>> print(similarity_distribution(student, teacher, student_temperature=1.0, teacher_temperature=1.0).round(4))
     [0.5822 0.5822]
 
-  Reference: Fang, Wang, Wang, Zhang, Yang and Liu, "SEED: Self-supervised Distillation for Visual Representation",
-  2021, arXiv 2101.04731. CLIP-KD and CompRess use it between modalities and with a queue for each side.
+  Reference: Zhiyuan Fang, Jianfeng Wang, Lijuan Wang, Lei Zhang, Yezhou Yang and Zicheng Liu, "SEED: Self-supervised
+  Distillation for Visual Representation", 2021, arXiv 2101.04731. CLIP-KD and CompRess use it between modalities and
+  with a queue for each side.
   """
   arrays = as_examples(where, lead=1, student=student, teacher=teacher)
   student, teacher = (flatten(x) for x in arrays)
@@ -159,16 +160,20 @@ def token_similarity(
     >>> print(token_similarity(student, teacher))
     [0.5]
 
-  Reference: Simeoni et al., "DINOv3", 2025, arXiv 2508.10104 (Gram anchoring, the square of all images' patches one by
-  one); Yang, Zhou, An, Jiang, Xu and Zhang, "Cross-Image Relational Knowledge Distillation for Semantic Segmentation",
-  2022, arXiv 2204.06986, has the divergence.
+  Reference: Oriane Siméoni, Huy V. Vo, Maximilian Seitzer, Federico Baldassarre, Maxime Oquab, Cijo Jose, Vasil
+  Khalidov, Marc Szafraniec, Seungeun Yi, Michaël Ramamonjisoa, Francisco Massa, Daniel Haziza, Luca Wehrstedt, Jianyuan
+  Wang, Timothée Darcet, Théo Moutakanni, Leonel Sentana, Claire Roberts, Andrea Vedaldi, Jamie Tolan, John Brandt,
+  Camille Couprie, Julien Mairal, Hervé Jégou, Patrick Labatut and Piotr Bojanowski, "DINOv3", 2025, arXiv 2508.10104
+  (Gram anchoring, the square of all images' patches one by one); Chuanguang Yang, Helong Zhou, Zhulin An, Xue Jiang,
+  Yongjun Xu and Qian Zhang, "Cross-Image Relational Knowledge Distillation for Semantic Segmentation", 2022, arXiv
+  2204.06986, has the divergence.
   """
   if kind not in ("square", "kl"):
     raise ValueError(f'kind must be "square" or "kl"; got {kind!r}')
   student, teacher = (in_a_row(f) for f in map_pair(student, teacher, where))
   (temperature,) = hyper_parameters(student.shape[:1], examples_of(where), student.dtype, temperature=temperature)
   count = student.shape[1]
-  similarities = lambda f: jnp.einsum("bnc,bmc->bnm", f, f, precision="highest")
+  similarities = lambda f: jnp.einsum("bnc,bmc->bnm", f, f, precision=jax.lax.Precision.HIGHEST)
   if kind == "square":
     if clip_negative:
       difference = jax.nn.relu(similarities(student)) - jax.nn.relu(similarities(teacher))
@@ -231,15 +236,15 @@ def prototype_similarity(
     >>> print(f"{prototype_similarity(student, teacher, jnp.array([[0, 0]]), 1)[0]:.4f}")
     0.0858
 
-  Reference: Wang, Zhou, Jiang, Bai and Xu, "Intra-class Feature Variation Distillation for Semantic Segmentation", ECCV
-  2020, not on arXiv.
+  Reference: Yukang Wang, Wei Zhou, Tao Jiang, Xiang Bai and Yongchao Xu, "Intra-class Feature Variation Distillation
+  for Semantic Segmentation", ECCV 2020, not on arXiv.
   """
   if not isinstance(num_classes, int) or num_classes < 1:
     raise ValueError(f"num_classes must be a positive int, not traced; got {num_classes!r}")
   student, teacher = map_pair(student, teacher, where)
   labels = jnp.asarray(labels)
   if not jnp.issubdtype(labels.dtype, jnp.integer):
-    raise ValueError(f"labels must be integers; got {labels.dtype}{list(labels.shape)}. Take the argmax of one-hots.")
+    raise ValueError(f"labels must be integers; got {labels.dtype}{list(labels.shape)}; take the argmax of one-hots")
   check_same("positions (labels for the smaller map)", student=student.shape[:-1], labels=labels.shape)
   counted = jnp.where(mask(jnp.ones(labels.shape, bool), where), labels, -1)
   own_class = (flatten(counted)[..., None] == jnp.arange(num_classes)).astype(student.dtype)
@@ -247,8 +252,8 @@ def prototype_similarity(
   def closeness(features: jax.Array) -> jax.Array:
     features = in_a_row(features)
     # Their direction is that of the means.
-    sums = jnp.einsum("bnk,bnc->bkc", own_class, features, precision="highest")
-    prototypes = jnp.einsum("bnk,bkc->bnc", own_class, l2_normalize(sums), precision="highest")
+    sums = jnp.einsum("bnk,bnc->bkc", own_class, features, precision=jax.lax.Precision.HIGHEST)
+    prototypes = jnp.einsum("bnk,bkc->bnc", own_class, l2_normalize(sums), precision=jax.lax.Precision.HIGHEST)
     return (l2_normalize(features) * prototypes).sum(axis=-1)
 
   squared = jnp.square(closeness(student) - closeness(teacher))

@@ -45,9 +45,9 @@ def dkd(
   Raises:
     ValueError: if the shapes differ, an input has the wrong kind of dtype, or `where` does not fit.
 
-  Reference: Zhao et al., "Decoupled Knowledge Distillation", 2022, arXiv 2203.08679. The authors' code takes the
-  logarithm of summed probabilities, which is NaN for large logits, and hides the target with a logit of -1000; this
-  stays in log-space.
+  Reference: Borui Zhao, Quan Cui, Renjie Song, Yiyu Qiu and Jiajun Liang, "Decoupled Knowledge Distillation", 2022,
+  arXiv 2203.08679. The authors' code takes the logarithm of summed probabilities, which is NaN for large logits, and
+  hides the target with a logit of -1000; this stays in log-space.
   """
   student, teacher, temperature, alpha, beta = logit_pair(
     student_logits, teacher_logits, where, temperature=temperature, alpha=alpha, beta=beta
@@ -94,9 +94,10 @@ def nkd(
   Raises:
     ValueError: if the shapes differ, an input has the wrong kind of dtype, or `where` does not fit.
 
-  Reference: Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
-  Normalized Loss and Customized Soft Labels", 2023, arXiv 2303.13005. As in the authors' code the target part takes no
-  temperature. Nothing is detached here; stop the teacher where the loss is used.
+  Reference: Zhendong Yang, Ailing Zeng, Zhe Li, Tianke Zhang, Chun Yuan and Yu Li, "From Knowledge Distillation to
+  Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", 2023, arXiv
+  2303.13005. As in the authors' code the target part takes no temperature. Nothing is detached here; stop the teacher
+  where the loss is used.
   """
   student, teacher, temperature, gamma = logit_pair(
     student_logits, teacher_logits, where, temperature=temperature, gamma=gamma
@@ -158,7 +159,8 @@ def rld(
     >>> print(f"{rld(student, teacher, jnp.array([1]), temperature=2.0, top_temperature=2.0, **weights)[0]:.4f}")
     0.1452
 
-  Reference: Sun, Chen, Lyu, Chen, Chen and Wang, "Knowledge Distillation with Refined Logits", 2024, arXiv 2408.07703.
+  Reference: Wujie Sun, Defang Chen, Siwei Lyu, Genlang Chen, Chun Chen and Can Wang, "Knowledge Distillation with
+  Refined Logits", 2024, arXiv 2408.07703.
   """
   hyper = {"temperature": temperature, "top_temperature": top_temperature, "alpha": alpha, "beta": beta}
   student, teacher, temperature, top_temperature, alpha, beta = logit_pair(
@@ -213,8 +215,8 @@ def ofa(
     >>> print(f"{ofa(student, teacher, jnp.array([0]), epsilon=1.5)[0]:.4f}")
     0.5834
 
-  Reference: Hao, Guo, Han, Tang, Hu, Wang and Xu, "One-for-All: Bridge the Gap Between Heterogeneous Architectures in
-  Knowledge Distillation", 2023, arXiv 2310.19444.
+  Reference: Zhiwei Hao, Jianyuan Guo, Kai Han, Yehui Tang, Han Hu, Yunhe Wang and Chang Xu, "One-for-All: Bridge the
+  Gap Between Heterogeneous Architectures in Knowledge Distillation", 2023, arXiv 2310.19444.
   """
   check_range("epsilon", epsilon, "above 0", lambda power: power > 0, where)
   student, teacher, epsilon, temperature = logit_pair(

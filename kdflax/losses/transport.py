@@ -53,8 +53,8 @@ def wkd_features(
     >>> print(wkd_features(student, teacher))
     [1.]
 
-  Reference: Lv, Yang and Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation",
-  2024, arXiv 2412.08139 (WKD-F with diagonal covariances).
+  Reference: Jiaming Lv, Haoyuan Yang and Peihua Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for
+  Knowledge Distillation", 2024, arXiv 2412.08139 (WKD-F with diagonal covariances).
   """
   if not isinstance(grid, int) or grid < 1:
     raise ValueError(f"grid must be a positive int, not traced; got {grid!r}")
@@ -135,8 +135,9 @@ def wkd_logits(
     >>> print(f"{wkd_logits(student, teacher, cost, temperature=1.0, regularization=0.1, iterations=10)[0]:.4f}")
     0.9998
 
-  Reference: Lv, Yang and Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for Knowledge Distillation",
-  2024, arXiv 2412.08139. The authors' code iterates on probabilities and adds 1e-8 to costs and sums.
+  Reference: Jiaming Lv, Haoyuan Yang and Peihua Li, "Wasserstein Distance Rivals Kullback-Leibler Divergence for
+  Knowledge Distillation", 2024, arXiv 2412.08139. The authors' code iterates on probabilities and adds 1e-8 to costs
+  and sums.
   """
   if not isinstance(iterations, int) or iterations < 1:
     raise ValueError(f"iterations must be a positive int, not traced; got {iterations!r}")
