@@ -1,6 +1,7 @@
 """The training step: models -> context -> terms -> balancer -> optimizer, as one pure function."""
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -157,7 +158,8 @@ def make_learner(
 
 
 def learner(*args: Any, **options: Any) -> Learner:
-  """The old name of `make_learner`, kept for one release."""
+  """The old name of `make_learner`, kept until 0.3."""
+  warnings.warn("training.learner is called make_learner; the old name goes with 0.3", FutureWarning, stacklevel=2)
   return make_learner(*args, **options)
 
 

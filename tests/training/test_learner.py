@@ -615,8 +615,8 @@ def test_a_model_has_a_name_that_a_path_can_hold(name):
     training.make_learner({name: NETWORK["student"]}, {"hard": HARD}, optax.sgd(RATE))
 
 
-def test_the_old_name_makes_the_same_learner():
-  state = training.learner({"student": NETWORK["student"]}, {"hard": HARD}, optax.sgd(RATE)).init(
-    jax.random.key(0), _batch()
-  )
+def test_the_old_name_makes_the_same_learner_and_says_so():
+  with pytest.warns(FutureWarning, match="make_learner"):
+    old = training.learner({"student": NETWORK["student"]}, {"hard": HARD}, optax.sgd(RATE))
+  state = old.init(jax.random.key(0), _batch())
   assert state.params.keys() == {"student"}
