@@ -76,7 +76,7 @@ def train_stages(
 
 
 def starting_from(model: Model, variables: tuple[PyTree, PyTree]) -> Model:
-  """A model that starts from (params, state) instead of from chance."""
+  """A model that starts from (params, state) instead of from chance; of one training, not of several under `vmap`."""
 
   def init(key: jax.Array, example: Any) -> tuple[PyTree, PyTree]:
     return variables

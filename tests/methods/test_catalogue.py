@@ -86,9 +86,15 @@ def filled(shapes):
 
 @pytest.fixture(scope="module")
 def slopes():
-  """The value of every Term and its slope along a direction of the student's params, of all methods in one program."""
-  names = [name for name in BUILT if name not in (*REPLACES_THE_STUDENT, *PUTS_TOGETHER)]
-  method = functools.reduce(operator.or_, (flat(build(name)) for name in names))
+  """The value of every Term and its slope along a direction of the student's params, of many methods in one program.
+
+  Of those that add a model, or something to their loss; the others only say where a loss finds its arguments, which the
+  learner checks in the tests of experiments.zoo, and their derivatives are those of the losses' own tests.
+  """
+  made = {name: flat(build(name)) for name in BUILT if name not in (*REPLACES_THE_STUDENT, *PUTS_TOGETHER)}
+  public = [getattr(losses, name) for name in losses.__all__]
+  adds = lambda made: made.models or any(term.loss not in public for term in made.terms.values())
+  method = functools.reduce(operator.or_, filter(adds, made.values()))
   networks, key = {"student": STUDENT, "teacher": TEACHER, **method.models}, jax.random.key(0)
   context, variables = {"batch": BATCH, "step": jnp.int32(3)}, {}
   for name, model in networks.items():
@@ -109,12 +115,13 @@ def slopes():
   params = variables["student"][0]
   direction = jax.tree.map(lambda leaf: np.sin(np.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
   slope = lambda params, *rest: jax.jvp(lambda params: values(params, *rest), (params,), (direction,))
-  found = map(np.asarray, jax.jit(slope)(params, variables, BATCH))
+  quick = {"xla_backend_optimization_level": 0}  # it runs once
+  found = map(np.asarray, jax.jit(slope, compiler_options=quick)(params, variables, BATCH))
   return {name: (value, slope) for name, value, slope in zip(method.terms, *found, strict=True)}
 
 
-def test_all_methods_go_together_and_every_term_trains_the_student(slopes):
-  assert len(slopes) > len(BUILT)
+def test_methods_go_together_and_every_term_trains_the_student(slopes):
+  assert len(slopes) > len(BUILT) / 2
   for name, (value, slope) in slopes.items():
     assert np.isfinite(value) and np.isfinite(slope), name
     assert slope != 0 or name == "factor_transfer/rebuild", name
