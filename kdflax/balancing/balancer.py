@@ -209,7 +209,9 @@ class LearnedState(NamedTuple):
   optimizer: optax.OptState
 
 
-def optimized(value: jax.Array | float, optimizer: optax.GradientTransformation, name: str):
+def optimized(
+  value: jax.Array | float, optimizer: optax.GradientTransformation, name: str
+) -> tuple[Callable[[int], LearnedState], Callable[[jax.Array, LearnedState, jax.Array], LearnedState]]:
   """Return `init` and `step` of numbers, one for each task, that an optimizer moves along a given gradient."""
 
   def init(num_tasks: int) -> LearnedState:

@@ -60,7 +60,7 @@ def channel_wise(
   student, teacher = (in_a_row(f).mT for f in map_pair(student, teacher, where))
   which = examples_of(where)
   (temperature,) = hyper_parameters(student.shape[:1], which, student.dtype, temperature=temperature)
-  if which is not where:  # an example without any position takes them all, and is masked below
+  if which is not None and which is not where:  # an example without any position takes them all, and is masked below
     present = flatten(jnp.asarray(where)) | ~which[:, None]
     student, teacher = (jnp.where(present[:, None], f, -jnp.inf) for f in (student, teacher))
   log_p, log_q = (log_softmax(f, temperature[..., None]) for f in (teacher, student))

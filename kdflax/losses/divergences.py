@@ -28,7 +28,7 @@ def _log_probabilities(
   student_logits: jax.Array, teacher_logits: jax.Array, where: jax.Array | None, **hyper: float | jax.Array
 ) -> list[jax.Array]:
   """log q, log p and the hyper-parameters after the temperature, which come first."""
-  student, teacher, temperature, *others = logit_pair(student_logits, teacher_logits, where, **hyper)
+  student, teacher, temperature, *others = logit_pair(student_logits, teacher_logits, where, fewest_classes=2, **hyper)
   return [log_softmax(student, temperature), log_softmax(teacher, temperature), *others]
 
 

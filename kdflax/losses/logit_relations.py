@@ -54,7 +54,9 @@ def dist(
   constant if it varies by less than its rounding.
   """
   hyper = {"temperature": temperature, "beta": beta, "gamma": gamma}
-  student, teacher, temperature, beta, gamma = logit_pair(student_logits, teacher_logits, where, **hyper)
+  student, teacher, temperature, beta, gamma = logit_pair(
+    student_logits, teacher_logits, where, fewest_classes=2, **hyper
+  )
   (q, of_q), (p, of_p) = (
     _relative_to_class(log_softmax(logits, temperature), where, axis_name) for logits in (student, teacher)
   )

@@ -164,7 +164,7 @@ def rld(
   """
   hyper = {"temperature": temperature, "top_temperature": top_temperature, "alpha": alpha, "beta": beta}
   student, teacher, temperature, top_temperature, alpha, beta = logit_pair(
-    student_logits, teacher_logits, where, **hyper
+    student_logits, teacher_logits, where, fewest_classes=2, **hyper
   )
   of_target, classes = is_target(labels, student, where), jnp.arange(student.shape[-1])
   is_top = jnp.argmax(teacher, axis=-1, keepdims=True) == classes

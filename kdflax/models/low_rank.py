@@ -99,7 +99,7 @@ def multi_task_low_rank(
     own = task_scales[task] * low_rank(factors, x if task_inputs is None else task_inputs[task])
     outputs[task] = dense + own + (shared if mode == "matrixv2" else 0)
   if mode == "addition":
-    shared = _layer_norm(sum(outputs.values()), **params["norm"])
+    shared = _layer_norm(jnp.asarray(sum(outputs.values())), **params["norm"])
   return dense + shared, outputs
 
 
