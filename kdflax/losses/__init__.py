@@ -4,6 +4,7 @@ Value and gradient keep their digits in float32 for features of a scale of 1e-15
 in the features leaves float32 before they do, the docstring of the loss says from which scale to which it holds.
 """
 
+from kdflax.losses.activations import activation_boundary, ofd, ofd_margin
 from kdflax.losses.attention_maps import attention_transfer, class_attention_transfer, factor_transfer
 from kdflax.losses.channels import channel_correlation, channel_wise
 from kdflax.losses.contrastive import CRDMemory, crd, crd_memory, info_nce
@@ -17,14 +18,11 @@ from kdflax.losses.divergences import (
   total_variation,
 )
 from kdflax.losses.features import (
-  activation_boundary,
   cosine,
   hierarchical_context,
   hint,
   log_distance,
   log_sigmoid_cosine,
-  ofd,
-  ofd_margin,
   smooth_l1,
   vid,
 )

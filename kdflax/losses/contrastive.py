@@ -100,6 +100,14 @@ def crd(
   Raises:
     ValueError: if shapes do not fit each other or an input has the wrong kind of dtype.
 
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> memory = crd_memory(jax.random.key(0), num_examples=8, width=2)
+    >>> embeddings, indices = jnp.eye(2), jnp.array([[0, 3, 4], [1, 5, 6]])
+    >>> values, memory = crd(embeddings, embeddings, indices, memory)
+    >>> print(values.shape, memory.student.shape)
+    (2,) (8, 2)
+
   Reference: Yonglong Tian, Dilip Krishnan and Phillip Isola, "Contrastive Representation Distillation", 2020, arXiv
   1910.10699. Negatives are the caller's choice; the authors' code draws them from other classes. There is no `where`,
   since a masked example would still have to be kept out of Z and of the memory; leave it out of the batch.
@@ -259,6 +267,12 @@ def info_nce(
 
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> print(f"{info_nce(student, teacher)[0]:.4f}")
+    0.0000
 
   Reference: Aaron van den Oord, Yazhe Li and Oriol Vinyals, "Representation Learning with Contrastive Predictive
   Coding", 2018, arXiv 1807.03748. One direction: student anchors among teacher embeddings; swap the arguments for the

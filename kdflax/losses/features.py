@@ -6,13 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kdflax.losses.maps import check_maps
+from kdflax.losses.maps import check_maps, like_teacher, same_shape
 from kdflax.numerics.examples import (
-  as_examples,
-  as_features,
-  check_broadcasts,
   check_range,
-  check_same,
   example_means,
   example_sums,
   examples_of,
@@ -42,11 +38,17 @@ def hint(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = No
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 2.0]]), jnp.array([[2.0, 1.0]])
+    >>> print(f"{hint(student, teacher)[0]:.4f}")
+    1.0000
+
   Reference: Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta and Yoshua Bengio,
   "FitNets: Hints for Thin Deep Nets", 2015, arXiv 1412.6550. The paper has half the squared norm of the difference;
   like the widely used implementations this is the mean over the entries.
   """
-  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  student, teacher = same_shape(where, student=student, teacher=teacher)
   return example_means(jnp.square(student - teacher), where)
 
 
@@ -68,6 +70,12 @@ def cosine(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = 
 
   Raises:
     ValueError: if the shapes differ or have one axis, an input is not floating, or `where` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 2.0]]), jnp.array([[2.0, 1.0]])
+    >>> print(f"{cosine(student, teacher)[0]:.4f}")
+    0.2000
 
   Reference: Guo-Hua Wang, Yifan Ge and Jianxin Wu, "In Defense of Feature Mimicking for Knowledge Distillation", 2020,
   arXiv 2011.01424, which argues for matching directions rather than lengths, by other means; the cosine is the form in
@@ -110,7 +118,7 @@ def smooth_l1(
   loss is beta times this.
   """
   check_range("beta", beta, "above 0", lambda value: value > 0)
-  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  student, teacher = same_shape(where, student=student, teacher=teacher)
   (beta,) = hyper_parameters((), None, student.dtype, beta=beta)
   return example_means(huber(student - teacher, beta) / beta, where)
 
@@ -148,7 +156,7 @@ def log_distance(
   2024, arXiv 2303.11098. torchdistill takes the logarithm of the sum over the whole batch.
   """
   check_range("power", power, "at least 1", lambda value: value >= 1)
-  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  student, teacher = same_shape(where, student=student, teacher=teacher)
   (power,) = hyper_parameters((), None, student.dtype, power=power)
   distance = jnp.abs(student - teacher)
   # In units of the largest, whose power is in range whatever the features are; its own derivative cancels.
@@ -214,12 +222,18 @@ def hierarchical_context(
     ValueError: if the shapes differ or have no spatial axis, an input is not floating, `where` does not fit, or
       `levels` are not positive whole numbers.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[[1.0, 0.0], [2.0, 1.0]]]), jnp.array([[[0.0, 1.0], [1.0, 1.0]]])
+    >>> print(f"{hierarchical_context(student, teacher)[0]:.4f}")
+    0.7083
+
   Reference: Pengguang Chen, Shu Liu, Hengshuang Zhao and Jiaya Jia, "Distilling Knowledge via Knowledge Review", 2021,
   arXiv 2104.09044, the hierarchical context loss. The review of several layers, with its fusion of student stages, is
   the model's part.
   """
   check_maps(student=student, teacher=teacher)
-  student, teacher = _same_shape(where, student=student, teacher=teacher)
+  student, teacher = same_shape(where, student=student, teacher=teacher)
   difference = student - teacher  # pooling is linear, so one pool of the difference does for both
   total, weights, weight = example_means(jnp.square(difference), where), 1.0, 1.0
   if not isinstance(levels, Sequence) or not all(isinstance(level, int) and level > 0 for level in levels):
@@ -257,134 +271,27 @@ def vid(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `variance` or `where` does not fit.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 2.0]]), jnp.array([[2.0, 1.0]])
+    >>> print(f"{vid(student, teacher, variance=2.0)[0]:.4f}")
+    0.5966
+
   Reference: Sungsoo Ahn, Shell Xu Hu, Andreas Damianou, Neil D. Lawrence and Zhenwen Dai, "Variational Information
   Distillation for Knowledge Transfer", 2019, arXiv 1904.05835. mdistiller never trains its variance, because the
   optimizer does not see it.
   """
-  predicted_mean, teacher = _same_shape(where, predicted_mean=predicted_mean, teacher=teacher)
-  spread = _like(teacher, variance=variance)
+  predicted_mean, teacher = same_shape(where, predicted_mean=predicted_mean, teacher=teacher)
+  spread = like_teacher(teacher, variance=variance)
   if where is not None and spread.ndim == teacher.ndim:  # one for each example: 1 where masked, whose logarithm is 0
     spread = jnp.where(jnp.expand_dims(where, tuple(range(jnp.ndim(where), teacher.ndim))), spread, 1)
   likelihood = jnp.square(predicted_mean - teacher) / spread + jnp.log(spread)
   return example_means(likelihood, where) / 2
 
 
-def activation_boundary(
-  student: jax.Array, teacher: jax.Array, *, margin: float | jax.Array = 1.0, where: jax.Array | None = None
-) -> jax.Array:
-  """Squared hinge that puts each student unit on the teacher's side of zero.
-
-  Matches which units are active, not how much: features before the ReLU. 0 once every unit clears the margin on the
-  right side, so not in general where the features are equal.
-
-    sum_k relu(margin - s_k)^2 where t_k > 0,   relu(margin + s_k)^2 where t_k <= 0
-
-  Args:
-    student: `[batch, ...]`, pre-activations, through a connector where widths differ.
-    teacher: `[batch, ...]`, the same shape; only its signs matter, so it gets no gradient.
-    margin: how far beyond zero a unit must be, in units of the student's feature, may be traced; broadcasts to it.
-    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
-
-  Returns:
-    `[batch]` in float32 or wider, a sum over the units; 0 for masked examples.
-
-  Raises:
-    ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
-
-  Reference: Byeongho Heo, Minsik Lee, Sangdoo Yun and Jin Young Choi, "Knowledge Transfer via Distillation of
-  Activation Boundaries Formed by Hidden Neurons", 2019, arXiv 1811.03233. RepDistiller adds factors of 3 / 1000 and
-  powers of two over the layers.
-  """
-  student, teacher = _same_shape(where, student=student, teacher=teacher)
-  margin = _like(teacher, margin=margin)
-  shortfall = jnp.maximum(margin - jnp.where(teacher > 0, student, jnp.where(teacher <= 0, -student, teacher)), 0)
-  return example_sums(jnp.square(shortfall), where)
-
-
-def ofd(
-  student: jax.Array, teacher: jax.Array, *, margin: jax.Array | float, where: jax.Array | None = None
-) -> jax.Array:
-  """Partial squared distance to the teacher's feature through a margin ReLU.
-
-  Matches what passes the teacher's ReLU. Where the teacher is negative the student need only be no larger than the
-  teacher or the margin, whichever is higher, because the ReLU after it hides the rest.
-
-    sum_k (s_k - r_k)^2 where t_k > 0 or s_k > r_k,   r = max(t, margin)
-
-  Args:
-    student: `[batch, ..., channels]`, before the ReLU, through a connector where widths differ.
-    teacher: `[batch, ..., channels]`, before the ReLU, the same shape.
-    margin: `[channels]`, negative, in units of the feature: `ofd_margin` of the teacher's batch normalisation. May be
-      traced.
-    where: bool `[batch]`, which examples count, or `[batch, ...]`, which positions.
-
-  Returns:
-    `[batch]` in float32 or wider, a sum over the units; 0 for masked examples.
-
-  Raises:
-    ValueError: if the shapes differ, an input is not floating, or `margin` or `where` does not fit.
-
-  Reference: Byeongho Heo, Jeesoo Kim, Sangdoo Yun, Hyojin Park, Nojun Kwak and Jin Young Choi, "A Comprehensive
-  Overhaul of Feature Distillation", 2019, arXiv 1904.01866. Summed like the authors' code, which gives it the weight
-  1e-3 and halves it for each earlier layer. There the teacher's batch normalisation runs on batch statistics; which
-  statistics made the features is up to the model here.
-  """
-  student, teacher = _same_shape(where, student=student, teacher=teacher)
-  target = jnp.maximum(teacher, _like(teacher, margin=margin))
-  hidden = (teacher <= 0) & (student <= target)
-  return example_sums(jnp.where(hidden, 0, jnp.square(student - target)), where)
-
-
-def ofd_margin(bn_scale: jax.Array, bn_bias: jax.Array) -> jax.Array:
-  """Expected negative activation of each channel, from the batch normalisation before the ReLU.
-
-  The margin of `ofd`. Where a channel is practically never negative, 3 standard deviations stand in for it.
-
-    E[x | x < 0] = b - s phi(b / s) / Phi(-b / s)  for x ~ N(b, s^2), s = |bn_scale|, b = bn_bias
-    -3 s                                           where Phi(-b / s) <= 1e-3
-
-  The ratio is taken in log space, so it stays exact far into the tail. A scale of 0 gives min(b, 0).
-
-  Args:
-    bn_scale: `[...]`, gamma of the teacher's last batch normalisation; its sign does not matter.
-    bn_bias: `[...]`, beta, the same shape.
-
-  Returns:
-    `[...]` in float32 or wider, at most 0.
-
-  Raises:
-    ValueError: if the shapes differ or an input is not floating.
-
-  Reference: Byeongho Heo, Jeesoo Kim, Sangdoo Yun, Hyojin Park, Nojun Kwak and Jin Young Choi, "A Comprehensive
-  Overhaul of Feature Distillation", 2019, arXiv 1904.01866. The authors' code divides by zero for a scale of 0.
-  """
-  check_same("shape", bn_scale=jnp.shape(bn_scale), bn_bias=jnp.shape(bn_bias))
-  scale, bias = as_examples(None, lead=0, bn_scale=bn_scale, bn_bias=bn_bias)
-  scale = jnp.abs(scale)
-  positive = scale > 0
-  # Beyond 40 standard deviations the densities are 0 or the second case applies; the clip keeps the quotient finite.
-  z = jnp.clip(bias / jnp.where(positive, scale, 1), -40, 40)
-  log_negative = jax.scipy.stats.norm.logcdf(-z)
-  expected = bias - scale * jnp.exp(jax.scipy.stats.norm.logpdf(z) - log_negative)
-  margin = jnp.where(log_negative > math.log(1e-3), expected, -3 * scale)
-  return jnp.where(positive, margin, jnp.minimum(bias, 0))
-
-
-def _same_shape(where: jax.Array | None, **features: jax.Array) -> list[jax.Array]:
-  check_same("shape (or a connector between them)", **{name: jnp.shape(array) for name, array in features.items()})
-  return as_features(where, **features)
-
-
 def _directions(where: jax.Array | None, **features: jax.Array) -> list[jax.Array]:
   """Features of one shape over their lengths along the last axis."""
-  checked = _same_shape(where, **features)
+  checked = same_shape(where, **features)
   if checked[0].ndim < 2:
     raise ValueError(f"{' and '.join(features)} must be [batch, ..., width]; got shape {checked[0].shape}")
   return [l2_normalize(x) for x in checked]
-
-
-def _like(teacher: jax.Array, **parameters: jax.Array | float) -> jax.Array:
-  """A parameter of the teacher's feature in its dtype, checked to broadcast against it."""
-  ((name, parameter),) = parameters.items()
-  check_broadcasts(name, jnp.shape(parameter), "the teacher", teacher.shape)
-  return jnp.asarray(parameter, teacher.dtype)

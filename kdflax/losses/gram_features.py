@@ -46,6 +46,12 @@ def fsp(
     ValueError: if the batches, the numbers of axes or the channels differ, an input is not floating, or `where` does
       not fit.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[[1.0, 0.0], [2.0, 1.0]]]), jnp.array([[[0.0, 1.0], [1.0, 1.0]]])
+    >>> print(f"{fsp(student, student, teacher, teacher)[0]:.4f}")
+    1.1875
+
   Reference: Junho Yim, Donggyu Joo, Jihoon Bae and Junmo Kim, "A Gift from Knowledge Distillation: Fast Optimization,
   Network Minimization and Transfer Learning", CVPR 2017, not on arXiv. The paper max-pools the larger map, as
   torchdistill does; this averages, as RepDistiller does.
@@ -91,6 +97,12 @@ def nst(student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = Non
   Raises:
     ValueError: if the batch or the number of axes differ, an input is not floating, or `where` does not fit.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[[1.0, 0.0], [2.0, 1.0]]]), jnp.array([[[0.0, 1.0], [1.0, 1.0]]])
+    >>> print(f"{nst(student, teacher)[0]:.4f}")
+    0.0500
+
   Reference: Zehao Huang and Naiyan Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
   arXiv 1707.01219. Common implementations hold an array of batch x channels x channels x positions.
   """
@@ -133,6 +145,12 @@ def inter_channel_correlation(student: jax.Array, teacher: jax.Array, *, where: 
   Raises:
     ValueError: if the batch, the number of axes or the channels differ, an input is not floating, or `where` does not
       fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[[1.0, 0.0], [2.0, 1.0]]]), jnp.array([[[0.0, 1.0], [1.0, 1.0]]])
+    >>> print(f"{inter_channel_correlation(student, teacher)[0]:.4f}")
+    0.2809
 
   Reference: Li Liu, Qingle Huang, Sihao Lin, Hongwei Xie, Bing Wang, Xiaojun Chang and Xiaodan Liang, "Exploring
   Inter-Channel Correlation for Diversity-preserved Knowledge Distillation", 2021, arXiv 2202.03680. torchdistill
@@ -197,6 +215,12 @@ def kdsvd(
   Raises:
     ValueError: if the batches, the numbers of axes or the channels differ, an input is not floating, `where` does not
       fit or `k` is out of range.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[[1.0, 0.0], [2.0, 1.0]]]), jnp.array([[[0.0, 1.0], [1.0, 1.0]]])
+    >>> print(f"{kdsvd(student, student, teacher, teacher)[0]:.4f}")
+    0.0010
 
   Reference: Seung Hyun Lee, Dae Ha Kim and Byung Cheol Song, "Self-supervised Knowledge Distillation Using Singular
   Value Decomposition", 2018, arXiv 1807.06819. The derivative of the decomposition is NaN at equal singular values in

@@ -49,6 +49,12 @@ def dist(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> print(f"{dist(student, teacher)[0]:.4f}")
+    0.0000
+
   Reference: Tao Huang, Shan You, Fei Wang, Chen Qian and Chang Xu, "Knowledge Distillation from A Stronger Teacher",
   2022, arXiv 2205.10536. The authors' code bounds the norms from below by an absolute constant; here a vector is
   constant if it varies by less than its rounding.
@@ -108,6 +114,12 @@ def class_correlation(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> print(f"{class_correlation(student, teacher)[0]:.4f}")
+    0.1196
+
   Reference: Ying Jin, Jiaqi Wang and Dahua Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
   """
   q, p, count = _probabilities(student_logits, teacher_logits, temperature, where, axis_name)
@@ -157,6 +169,12 @@ def batch_correlation(
 
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> print(f"{batch_correlation(student, teacher)[0]:.4f}")
+    0.0347
 
   Reference: Ying Jin, Jiaqi Wang and Dahua Lin, "Multi-Level Logit Distillation", CVPR 2023. No T^2, as in the paper.
   """

@@ -40,6 +40,12 @@ def kl_soft_targets(
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[2.0, 1.0, 0.0]])
+    >>> print(f"{kl_soft_targets(student, teacher, temperature=2.0)[0]:.4f}")
+    0.0838
+
   Reference: Geoffrey Hinton, Oriol Vinyals and Jeff Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv
   1503.02531. PyTorch's default `kl_div` reduction divides by the number of classes as well; this does not. Mutual
   learning (Ying Zhang, Tao Xiang, Timothy M. Hospedales and Huchuan Lu, "Deep Mutual Learning", 2018, arXiv 1706.00384)
@@ -67,6 +73,12 @@ def hard_targets(student_logits: jax.Array, teacher_logits: jax.Array, *, where:
 
   Raises:
     ValueError: if the shapes differ, an input is not floating, or `where` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[2.0, 1.0, 0.0]])
+    >>> print(f"{hard_targets(student, teacher)[0]:.4f}")
+    0.5514
 
   Reference: Hugo Touvron, Matthieu Cord, Matthijs Douze, Francisco Massa, Alexandre Sablayrolles and Hervé Jégou,
   "Training data-efficient image transformers and distillation through attention", 2021, arXiv 2012.12877 (hard-label
@@ -193,6 +205,11 @@ def standardize_logits(logits: jax.Array, *, axis: int = -1, epsilon: float | ja
 
   Raises:
     ValueError: if the logits are not floating or have no such axis.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> print(f"{standardize_logits(jnp.array([1.0, 2.0, 3.0]))[2]:.4f}")
+    1.0000
 
   Reference: Shangquan Sun, Wenqi Ren, Jingzhi Li, Rui Wang and Xiaochun Cao, "Logit Standardization in Knowledge
   Distillation", 2024, arXiv 2403.01427.

@@ -1,11 +1,11 @@
-"""What losses on maps `[batch, ..., channels]` share: checks, one size for both, positions in a row."""
+"""What losses on features and maps `[batch, ..., channels]` share: checks, one size for both, positions in a row."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from kdflax.numerics.examples import as_features, check_same
+from kdflax.numerics.examples import as_features, check_broadcasts, check_same
 from kdflax.numerics.pooling import pool_to_common_size
 
 
@@ -33,3 +33,16 @@ def map_pair(student: jax.Array, teacher: jax.Array, where: jax.Array | None) ->
 def in_a_row(features: jax.Array) -> jax.Array:
   """`[batch, ..., channels] -> [batch, positions, channels]`."""
   return features.reshape(features.shape[0], math.prod(features.shape[1:-1]), features.shape[-1])
+
+
+def same_shape(where: jax.Array | None, **features: jax.Array) -> list[jax.Array]:
+  """Features, checked to have one shape, in float32 or wider and with zeros for what is masked."""
+  check_same("shape (or a connector between them)", **{name: jnp.shape(array) for name, array in features.items()})
+  return as_features(where, **features)
+
+
+def like_teacher(teacher: jax.Array, **parameters: jax.Array | float) -> jax.Array:
+  """A parameter of the teacher's feature in its dtype, checked to broadcast against it."""
+  ((name, parameter),) = parameters.items()
+  check_broadcasts(name, jnp.shape(parameter), "the teacher", teacher.shape)
+  return jnp.asarray(parameter, teacher.dtype)

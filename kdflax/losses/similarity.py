@@ -160,13 +160,10 @@ def token_similarity(
     >>> print(token_similarity(student, teacher))
     [0.5]
 
-  Reference: Oriane Siméoni, Huy V. Vo, Maximilian Seitzer, Federico Baldassarre, Maxime Oquab, Cijo Jose, Vasil
-  Khalidov, Marc Szafraniec, Seungeun Yi, Michaël Ramamonjisoa, Francisco Massa, Daniel Haziza, Luca Wehrstedt, Jianyuan
-  Wang, Timothée Darcet, Théo Moutakanni, Leonel Sentana, Claire Roberts, Andrea Vedaldi, Jamie Tolan, John Brandt,
-  Camille Couprie, Julien Mairal, Hervé Jégou, Patrick Labatut and Piotr Bojanowski, "DINOv3", 2025, arXiv 2508.10104
-  (Gram anchoring, the square of all images' patches one by one); Chuanguang Yang, Helong Zhou, Zhulin An, Xue Jiang,
-  Yongjun Xu and Qian Zhang, "Cross-Image Relational Knowledge Distillation for Semantic Segmentation", 2022, arXiv
-  2204.06986, has the divergence.
+  Reference: Yifan Liu, Ke Chen, Chris Liu, Zengchang Qin, Zhenbo Luo and Jingdong Wang, "Structured Knowledge
+  Distillation for Semantic Segmentation", 2019, arXiv 1903.04197 (its pair-wise term). DINOv3, arXiv 2508.10104, has
+  the square as Gram anchoring; CIRKD, arXiv 2204.06986, and LightlyTrain have the divergence, the former between
+  images.
   """
   if kind not in ("square", "kl"):
     raise ValueError(f'kind must be "square" or "kl"; got {kind!r}')

@@ -45,6 +45,12 @@ def dkd(
   Raises:
     ValueError: if the shapes differ, an input has the wrong kind of dtype, or `where` does not fit.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[2.0, 1.0, 0.0]])
+    >>> print(f"{dkd(student, teacher, jnp.array([0]))[0]:.4f}")
+    1.0188
+
   Reference: Borui Zhao, Quan Cui, Renjie Song, Yiyu Qiu and Jiajun Liang, "Decoupled Knowledge Distillation", 2022,
   arXiv 2203.08679. The authors' code takes the logarithm of summed probabilities, which is NaN for large logits, and
   hides the target with a logit of -1000; this stays in log-space.
@@ -93,6 +99,12 @@ def nkd(
 
   Raises:
     ValueError: if the shapes differ, an input has the wrong kind of dtype, or `where` does not fit.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 0.0, 0.0]]), jnp.array([[2.0, 1.0, 0.0]])
+    >>> print(f"{nkd(student, teacher, jnp.array([0]))[0]:.4f}")
+    1.4066
 
   Reference: Zhendong Yang, Ailing Zeng, Zhe Li, Tianke Zhang, Chun Yuan and Yu Li, "From Knowledge Distillation to
   Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", 2023, arXiv
