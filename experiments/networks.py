@@ -87,7 +87,7 @@ def check_dataset(config: Any, known: Sequence[str]) -> None:
   if files and not config.path:
     raise ValueError(f"dataset={config.dataset!r} needs path: a folder with {files}; of {', '.join(known)}")
   if config.path and not files:
-    raise ValueError(f"path={config.path!r} is for data read from files; {config.dataset} comes with scikit-learn")
+    raise ValueError(f"path={config.path!r} is for data read from files; {config.dataset} needs none")
 
 
 def forwarded(config: Any) -> Any:

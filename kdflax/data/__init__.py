@@ -12,6 +12,7 @@ from kdflax.data.batches import (
   padded_batches,
   sample,
 )
+from kdflax.data.glyphs import glyphs
 from kdflax.data.readers import cifar, idx, mnist, parquet
 from kdflax.data.sets import DATASETS, Dataset, Normalisation, Task, by_task, dataset, load, normalize
 from kdflax.data.sources import digits, overlaid_digits, tabular
@@ -32,6 +33,7 @@ __all__ = [
   "dataset",
   "digits",
   "gather",
+  "glyphs",
   "grain_batches",
   "idx",
   "load",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kdflax.data.arrays import Arrays
+from kdflax.data.glyphs import glyphs
 from kdflax.data.readers import cifar, mnist
 from kdflax.data.sources import digits, overlaid_digits, tabular
 from kdflax.model import lookup
@@ -41,15 +42,27 @@ class Dataset(NamedTuple):
   input: str = "image"
   """The array that a model reads."""
   files: str = ""
-  """What the folder named by the setting `path` must hold; empty where the data come with scikit-learn."""
+  """What the folder named by the setting `path` must hold; empty where they come with kdflax or scikit-learn."""
 
 
 _CIFAR_10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR_100 = Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+_GLYPHS = Normalisation((0.0831,), (0.2358,))
 
 DATASETS: Mapping[str, Dataset] = {
   "digits": Dataset(digits, {"digit": Task(10)}),
   "overlaid_digits": Dataset(overlaid_digits, {"left": Task(10, "label.left"), "right": Task(10, "label.right")}),
+  "glyphs": Dataset(
+    glyphs,
+    {
+      "character": Task(62, "character"),
+      "italic": Task(2, "italic"),
+      "fixed_pitch": Task(2, "fixed_pitch"),
+      "weight": Task(None, "weight"),
+      "width": Task(None, "width"),
+    },
+    _GLYPHS,
+  ),
   "diabetes": Dataset(
     partial(tabular, problem="diabetes"),
     {
@@ -90,7 +103,7 @@ def dataset(name: str) -> Dataset:
   """Return what is known of a data set, by its name.
 
   Args:
-    name: `digits`, `overlaid_digits`, `diabetes`, `wine`, `mnist`, `cifar10` or `cifar100`.
+    name: `digits`, `overlaid_digits`, `glyphs`, `diabetes`, `wine`, `mnist`, `cifar10` or `cifar100`.
 
   Raises:
     ValueError: an unknown name; the message lists the known ones.
@@ -115,7 +128,7 @@ def load(name: str, **settings: Any) -> dict[str, Arrays]:
     Splits by name, each a dict of arrays.
 
   Raises:
-    ValueError: an unknown name, a `path` that is missing, or one for data that come with scikit-learn.
+    ValueError: an unknown name, a `path` that is missing, or one for data that are not read from files.
 
   Examples:
     >>> {name: len(split["label"]) for name, split in load("digits", seed=1).items()}
@@ -126,7 +139,7 @@ def load(name: str, **settings: Any) -> dict[str, Arrays]:
     bundled = ", ".join(other for other in DATASETS if not DATASETS[other].files)
     raise ValueError(f"{name} is read from files: path must be a folder with {found.files}; {bundled} need none")
   if "path" in settings and not found.files:
-    raise ValueError(f"path={str(settings['path'])!r} is for data read from files; {name} comes with scikit-learn")
+    raise ValueError(f"path={str(settings['path'])!r} is for data read from files; {name} needs none")
   return found.load(**settings)
 
 

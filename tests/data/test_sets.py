@@ -11,14 +11,19 @@ from kdflax.model import lookup
 
 BUNDLED = [name for name, known in data.DATASETS.items() if not known.files]
 FROM_FILES = [name for name, known in data.DATASETS.items() if known.files]
+OF_BYTES = [name for name, known in data.DATASETS.items() if known.normalisation]
 
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_a_row_says_what_is_read(name):
-  known, splits = data.dataset(name), data.load(name, seed=1)
-  assert list(splits) == ["train", "validation", "test"] and known.normalisation is None
+  # The split of the glyphs, by family, is part of the data.
+  known, splits = data.dataset(name), data.load(name, **({} if name == "glyphs" else {"seed": 1}))
+  assert list(splits) == ["train", "validation", "test"]
+  assert (known.normalisation is None) == (splits["train"][known.input].dtype == np.float32)
   labels = {task: lookup(splits["train"], row.label) for task, row in known.tasks.items()}
-  assert len(labels) == len(jax.tree.leaves(splits["train"]["label"]))  # no task is left out
+  others = {known.input, "index", "source", "family"}
+  left = {key: values for key, values in splits["train"].items() if key not in others}
+  assert len(labels) == len(jax.tree.leaves(left))  # no task is left out
   for task, row in known.tasks.items():
     if row.classes is None:
       assert labels[task].dtype == np.float32
@@ -57,11 +62,12 @@ def test_what_is_read_from_files_asks_for_a_folder(name):
 
 
 def test_what_is_bundled_takes_no_folder():
-  with pytest.raises(ValueError, match=r"^path='there' is for data read from files; digits comes with scikit-learn$"):
-    data.load("digits", path="there")
+  for name in ("digits", "glyphs"):
+    with pytest.raises(ValueError, match=rf"^path='there' is for data read from files; {name} needs none$"):
+      data.load(name, path="there")
 
 
-@pytest.mark.parametrize("name", FROM_FILES)
+@pytest.mark.parametrize("name", OF_BYTES)
 def test_bytes_are_standardised_for_each_channel(name):
   known = data.dataset(name).normalisation
   image = np.random.default_rng(0).integers(256, size=(2, 3, 3, len(known.mean)), dtype=np.uint8)

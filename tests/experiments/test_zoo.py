@@ -122,7 +122,7 @@ def bench():
       {"dataset": "cifar100"},
       "dataset='cifar100' needs path: a folder with train.bin and test.bin; of digits, cifar100",
     ),
-    ({"path": "somewhere"}, "path='somewhere' is for data read from files; digits comes with scikit-learn"),
+    ({"path": "somewhere"}, "path='somewhere' is for data read from files; digits needs none"),
     ({"weights": "typo.json"}, "weights: there is no file typo.json; --tune writes one"),
   ],
 )
