@@ -15,7 +15,7 @@ from kdflax.numerics.trees import name_of
 _LOG = logging.getLogger(__name__)
 _CURE = (
   "lower the learning rate, clip the gradients (optax.clip_by_global_norm), look at the examples of these batches, or"
-  " let such updates be skipped (optax.apply_if_finite, or what make_learner offers)"
+  " let such updates be left out (make_learner(skip_not_finite=True))"
 )
 
 
@@ -83,13 +83,13 @@ def check_losses(phase: str, row: Mapping[str, Any], watched: Collection[str], p
 
 
 class AbsentRows:
-  """Warns, once for each row, of one that no balancer saw while a whole row of the log was collected."""
+  """Warns, once for each, of rows that took part in no update of an interval of the log, and of updates all skipped."""
 
   def __init__(self, phase: str):
     self._phase, self._said = phase, set()
 
   def look(self, row: Mapping[str, Any], place: str) -> None:
-    """Looks at the means of `present/<row>`."""
+    """Looks at the means of `present/<row>` and `skipped`."""
     for name, value in row.items():
       if name.startswith("present/") and name not in self._said and not np.all(value):
         self._said.add(name)
@@ -100,6 +100,9 @@ class AbsentRows:
           name.removeprefix("present/"),
           place,
         )
+      if name == "skipped" and name not in self._said and np.any(np.asarray(value) >= 1):
+        self._said.add(name)
+        _LOG.warning("%s: every update %s was skipped, as it was not finite; nothing is learned", self._phase, place)
 
 
 def _finite(leaf: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,12 @@ def test_a_row_that_is_absent_for_a_whole_interval_is_said_once(tmp_path, caplog
   assert len(said) == 1 and "train: the row 'kd' took part in no update" in said[0]
 
 
+def test_updates_that_are_all_skipped_are_said_once(tmp_path, caplog):
+  with caplog.at_level(logging.WARNING):
+    _fit(tmp_path, _Batches(None), step=_with_metrics(skipped=1.0))
+  assert [r.getMessage()[:30] for r in caplog.records] == ["train: every update since the "]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, jnp.float8_e4m3fn])
 def test_what_is_not_finite_is_found_by_name(dtype):
   good, bad = np.ones((3, 2), np.float32), np.ones((3, 2), np.float32)
@@ -208,7 +215,7 @@ def test_a_metric_with_a_new_name_starts_an_empty_window(tmp_path, caplog):
     fit = lambda step, steps, **options: training.fit(
       step, _init(), _Batches(None), num_steps=steps, log_every=10, checkpoints=checkpoints, **options
     )
-    stop = training.run.threading.Event()
+    stop = threading.Event()
     stop.set()
     with pytest.raises(training.Preempted):
       fit(_step, 10, stop=stop)
