@@ -6,14 +6,12 @@ from kdflax.balancing.combiner import Combiner, from_balancer, from_function
 from kdflax.balancing.from_gradients import db_mtl, excess_mtl, grad_drop, moco, trimmed_mean
 from kdflax.balancing.from_gramian import from_weighting, grad_norm, grad_vac, pcd
 from kdflax.balancing.from_losses import (
-  cosmos,
   dynamic_weight_average,
   famo,
   fixed,
   from_loss_weighting,
   geometric,
   imtl_l,
-  pbi,
   random_weights,
   smooth_tchebycheff,
   uncertainty,
@@ -28,6 +26,7 @@ from kdflax.balancing.gradients import (
   representation_gradients,
   task_gradients,
 )
+from kdflax.balancing.preferences import cosmos, pbi
 from kdflax.balancing.rows import Pullback, RowsUpdate, init_rows, update_rows
 from kdflax.balancing.shares import aligned_mtl, conflict_free, fair_grad, imtl_g, nash_mtl
 from kdflax.balancing.weightings import cagrad, dual_projection, krum, mgda, pcgrad, random_order, upgrad

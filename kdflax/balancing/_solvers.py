@@ -7,6 +7,8 @@ which vmap batches over right-hand sides, and the inverse of the working set is 
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +21,8 @@ _MAX_SOLVES = 6  # of the projections, with growing margins
 
 
 class _State(NamedTuple):
+  """Where the active-set method stands."""
+
   table: jax.Array  # [n, n + columns]: the relation's matrix, then its constant columns
   inside: jax.Array  # [n] bool: the working set
   x: jax.Array  # [n]: a feasible point, zero outside the working set
@@ -31,15 +35,15 @@ class _State(NamedTuple):
 
 def _exchange(table: jax.Array, index: jax.Array, active: jax.Array | bool = True) -> jax.Array:
   """Swap residual and variable `index`: in the relation `y = M x + r`, solve row `index` for its x."""
-  rows = jnp.arange(table.shape[0])[:, None] == index
-  columns = jnp.arange(table.shape[1])[None, :] == index
+  in_row = jnp.arange(table.shape[0])[:, None] == index
+  in_column = jnp.arange(table.shape[1])[None, :] == index
   row, column = table[index], jnp.take(table, index, axis=1)
   pivot = row[index]
   scaled = row / pivot
-  moved = table - column[:, None] * scaled[None, :]
-  moved = jnp.where(rows, -scaled[None, :], jnp.where(columns, column[:, None] / pivot, moved))
-  moved = jnp.where(rows & columns, 1 / pivot, moved)
-  return jnp.where(active, moved, table)
+  exchanged = table - column[:, None] * scaled[None, :]
+  exchanged = jnp.where(in_row, -scaled[None, :], jnp.where(in_column, column[:, None] / pivot, exchanged))
+  exchanged = jnp.where(in_row & in_column, 1 / pivot, exchanged)
+  return jnp.where(active, exchanged, table)
 
 
 def _tolerance(dtype: jnp.dtype, size: int) -> float:
@@ -48,12 +52,13 @@ def _tolerance(dtype: jnp.dtype, size: int) -> float:
 
 
 def _solution(table: jax.Array, t: jax.Array) -> jax.Array:
+  """The constants of the relation: x of the working set, and residuals elsewhere."""
   size = table.shape[0]
   constant = table[:, size]
   return constant if table.shape[1] == size + 1 else constant + t * table[:, size + 1]
 
 
-def _enter_or_leave(state: _State, free: jax.Array, finish) -> _State:
+def _enter_or_leave(state: _State, free: jax.Array, finish: Callable[[_State, jax.Array], _State]) -> _State:
   """Take one step of the active-set method of Lawson and Hanson.
 
   The point moves to the minimum over the working set. If that has a negative entry, it stops at the first one to reach
@@ -63,6 +68,8 @@ def _enter_or_leave(state: _State, free: jax.Array, finish) -> _State:
   """
   size = state.inside.shape[0]
   small = _tolerance(state.x.dtype, size)
+
+  # 1. Towards the minimum over the working set, as far as all entries stay non-negative.
   values = _solution(state.table, state.t)
   target = jnp.where(state.inside, values, 0)
   negative = state.inside & ~free & (target < 0)
@@ -71,21 +78,31 @@ def _enter_or_leave(state: _State, free: jax.Array, finish) -> _State:
   x = jnp.where(any_negative, state.x + jnp.where(negative.any(), ratio.min(), 0) * (target - state.x), target)
   leaving = ratio.argmin()
 
+  # 2. What could enter: the most negative residual, where its pivot can be told from rounding.
   may_enter = ~state.inside & (jnp.diagonal(state.table) > small)
   residual = jnp.where(may_enter, values, jnp.inf)
   entering = residual.argmin()
   enters = residual[entering] < -small * jnp.maximum(1, jnp.abs(jnp.where(free, 0, x)).sum())
 
+  # 3. One index leaves, or one enters, or neither does.
   index = jnp.where(any_negative, leaving, entering)
   moves = any_negative | enters
   x = jnp.where(any_negative & (jnp.arange(size) == leaving), 0, x)
   inside = jnp.where(moves & (jnp.arange(size) == index), enters & ~any_negative, state.inside)
   table = _exchange(state.table, index, moves & ~state.done)
-  moved = state._replace(table=table, inside=inside, x=x, steps=state.steps + 1)
-  return finish(moved, ~moves)
+  return finish(state._replace(table=table, inside=inside, x=x, steps=state.steps + 1), ~moves)
 
 
-def _run(table, inside, x, free, limit, finish=None, t: jax.Array | float = 0.0) -> _State:
+def _run(
+  table: jax.Array,
+  inside: jax.Array,
+  x: jax.Array,
+  free: jax.Array,
+  limit: int,
+  finish: Callable[[_State, jax.Array], _State] | None = None,
+  t: jax.Array | float = 0.0,
+) -> _State:
+  """Take steps from a feasible point x until nothing moves, or `finish` says so, or the limit is reached."""
   zero = jnp.zeros((), x.dtype)
   state = _State(table, inside, x, zero + t, zero, zero + jnp.inf, jnp.int32(0), jnp.bool_(False))
   stop = finish or (lambda state, optimal: state._replace(done=optimal))
@@ -209,74 +226,79 @@ def simplex_minimum(
     The minimiser x `[T]`, with `linear` up to a factor, and `|J'x|^2`, zero where it is zero to precision.
   """
   size, dtype = cosines.shape[0], cosines.dtype
-  eps = float(jnp.finfo(dtype).eps)
-  # From the best corner, and in its units: rows that are much longer or shorter do not share digits with it.
+
+  # 1. Start at the best corner, and in its units: rows that are much longer or shorter do not share digits with it.
   cost = -edges if linear is None else jnp.where(edges > 0, (linear + ratio) / jnp.where(edges > 0, edges, 1), jnp.inf)
   start = cost.argmin()
   edges = edges / edges[start]
+  chosen, multiplier = jnp.arange(size + 1) == start, jnp.arange(size + 1) == size
+
+  # 2. The optimality conditions, linear in x and the multiplier of `edges.x = 1`, solved for the corner.
   border = jnp.concatenate([jnp.concatenate([cosines, edges[None]]), jnp.append(-edges, 0)[:, None]], axis=1)
   unit = jnp.zeros(size + 1, dtype).at[size].set(1)
   tilt = jnp.zeros_like(unit) if linear is None else jnp.append(linear, 0)
-  constants = jnp.stack([-unit, tilt], axis=1)
+  constants = jnp.stack([-unit, tilt], axis=1)  # the second one counts t times
   table = _exchange(_exchange(jnp.concatenate([border, constants], axis=1), start), jnp.int32(size))
-  free = jnp.arange(size + 1) == size
-  chosen = jnp.arange(size + 1) == start
 
-  def fresh_columns(state: _State) -> jax.Array:
-    """The constant columns without what many exchanges have rounded: x inside the working set, residuals outside."""
-    found = [
-      _refine(state, border, constant, jnp.where(state.inside, column, 0))
-      for constant, column in zip(constants.T, state.table[:, size + 1 :].T, strict=True)
-    ]
-    x = jnp.where(state.inside[:, None], jnp.stack(found, axis=1), 0)
-    residuals = jnp.matmul(border, x, precision=jax.lax.Precision.HIGHEST) + constants
-    return jnp.where(state.inside[:, None], x, residuals)
+  # 3. Change the working set until nothing improves; with `linear`, t as well.
+  finish, steps, first_t = None, 4 * size + 64, 0.0
+  if linear is not None:
+    finish, steps, first_t = partial(_next_t, border, constants, ratio), 12 * size + 64, 1 / ratio
+  state = _run(table, chosen | multiplier, chosen.astype(dtype), multiplier, steps, finish, first_t)
 
-  def best_t(columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where `ratio t = |J'x|` for `x = columns @ (1, t)`, -1 if nowhere, and the slope and offset of that in t^2."""
-    # J'x = g + t h, and g, the shortest over the affine hull of the working set, is orthogonal to h, which lies in it.
-    offset, moved = jnp.sum(columns * matvec(cosines, columns), axis=0)
-    slope = ratio**2 - moved
-    root = jnp.sqrt(offset / jnp.where(slope > 0, slope, 1))
-    # With 0 in that hull |J'x| / t is constant: no root, but the bracket knows the side.
-    return jnp.where((slope > 0) & (offset > 64 * eps * jnp.abs(columns[:, 0]).sum() ** 2), root, -1), slope, offset
-
-  def next_t(state: _State, optimal: jax.Array) -> _State:
-    columns = fresh_columns(state)
-    root, slope, offset = best_t(jnp.where(state.inside[:size, None], columns[:size], 0))
-    table, t = state.table.at[:, size + 1 :].set(columns), state.t
-    above = slope * t**2 > offset
-    low, high = jnp.where(above, state.low, t), jnp.where(above, t, state.high)
-    settled = jnp.abs(root - t) <= 64 * eps * t
-    bisected = jnp.where(jnp.isinf(high), 8 * t, jnp.sqrt(jnp.maximum(low, high / 64) * high))
-    t = jnp.where(settled | ((root > low) & (root < high)), root, bisected)
-    settled |= (high <= low * (1 + 64 * eps)) | (t < eps)
-    return jax.tree.map(
-      lambda new, old: jnp.where(optimal, new, old),
-      state._replace(table=table, t=t, low=low, high=high, done=settled),
-      state,
-    )
-
-  finish = None if linear is None else next_t
-  first = 0.0 if linear is None else 1 / ratio
-  state = _run(
-    table,
-    chosen | free,
-    chosen.astype(dtype),
-    free,
-    (4 if finish is None else 12) * size + 64,
-    finish,
-    first,
-  )
-  columns = jnp.where(state.inside[:size, None], fresh_columns(state)[:size], 0)
+  # 4. Solve anew for the last working set, without the rounding of the steps.
+  columns = jnp.where(state.inside[:size, None], _fresh_columns(border, constants, state)[:size], 0)
   x = columns[:, 0]
   if linear is not None:
-    root, *_ = best_t(columns)
+    root, *_ = _best_t(cosines, columns, ratio)
     x = x + jnp.where(root > 0, root, state.t) * columns[:, 1]
   x = jnp.maximum(x, 0)
   x = x / matvec(edges, x)
   squared_norm = matvec(x, matvec(cosines, x))
   return x, jnp.where(squared_norm <= _noise(x), 0, squared_norm)
+
+
+def _fresh_columns(border: jax.Array, constants: jax.Array, state: _State) -> jax.Array:
+  """The constant columns without what many exchanges have rounded: x inside the working set, residuals outside."""
+  solutions = [
+    _refine(state, border, constant, jnp.where(state.inside, column, 0))
+    for constant, column in zip(constants.T, state.table[:, border.shape[0] :].T, strict=True)
+  ]
+  x = jnp.where(state.inside[:, None], jnp.stack(solutions, axis=1), 0)
+  residuals = jnp.matmul(border, x, precision=jax.lax.Precision.HIGHEST) + constants
+  return jnp.where(state.inside[:, None], x, residuals)
+
+
+def _best_t(cosines: jax.Array, columns: jax.Array, ratio: jax.Array | float) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Where `ratio t = |J'x|` for `x = columns @ (1, t)`, -1 if nowhere, and the slope and offset of that in t^2."""
+  # J'x = g + t h, and g, the shortest over the affine hull of the working set, is orthogonal to h, which lies in it.
+  offset, along_h = jnp.sum(columns * matvec(cosines, columns), axis=0)
+  slope = ratio**2 - along_h
+  root = jnp.sqrt(offset / jnp.where(slope > 0, slope, 1))
+  # With 0 in that hull |J'x| / t is constant: no root, but the bracket knows the side.
+  eps = float(jnp.finfo(cosines.dtype).eps)
+  return jnp.where((slope > 0) & (offset > 64 * eps * jnp.abs(columns[:, 0]).sum() ** 2), root, -1), slope, offset
+
+
+def _next_t(
+  border: jax.Array, constants: jax.Array, ratio: jax.Array | float, state: _State, optimal: jax.Array
+) -> _State:
+  """Move t to its minimum over the working set if x is optimal for it, or into the bracket; done once t stays."""
+  size, eps = border.shape[0] - 1, float(jnp.finfo(border.dtype).eps)
+  columns = _fresh_columns(border, constants, state)
+  root, slope, offset = _best_t(border[:size, :size], jnp.where(state.inside[:size, None], columns[:size], 0), ratio)
+  table, t = state.table.at[:, size + 1 :].set(columns), state.t
+  above = slope * t**2 > offset
+  low, high = jnp.where(above, state.low, t), jnp.where(above, t, state.high)
+  settled = jnp.abs(root - t) <= 64 * eps * t
+  bisected = jnp.where(jnp.isinf(high), 8 * t, jnp.sqrt(jnp.maximum(low, high / 64) * high))
+  t = jnp.where(settled | ((root > low) & (root < high)), root, bisected)
+  settled |= (high <= low * (1 + 64 * eps)) | (t < eps)
+  return jax.tree.map(
+    lambda new, old: jnp.where(optimal, new, old),
+    state._replace(table=table, t=t, low=low, high=high, done=settled),
+    state,
+  )
 
 
 def fair_point(cosines: jax.Array, log_norms: jax.Array, power: jax.Array | float) -> jax.Array:

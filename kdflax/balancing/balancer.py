@@ -93,6 +93,10 @@ def joint_loss(losses: PyTree, weights: PyTree, *, present: jax.Array | None = N
 
   Raises:
     ValueError: losses and weights differ in their names or their number.
+
+  Examples:
+    >>> joint_loss({"left": 1.0, "right": 3.0}, {"left": 0.5, "right": 2.0}).item()
+    6.5
   """
   names, given = jax.tree.structure(losses), jax.tree.structure(weights)
   if given != names and given.num_nodes > 1:
@@ -220,8 +224,8 @@ def optimized(
 
   def step(gradient: jax.Array, state: LearnedState, moves: jax.Array) -> LearnedState:
     gradient = jnp.where(moves, gradient, 0).astype(state.values.dtype)
-    updates, moved = optimizer.update(gradient, state.optimizer, state.values)
-    new = LearnedState(jnp.asarray(optax.apply_updates(state.values, updates)), moved)
+    updates, next_state = optimizer.update(gradient, state.optimizer, state.values)
+    new = LearnedState(jnp.asarray(optax.apply_updates(state.values, updates)), next_state)
     # Momentum and weight decay move an absent task even without a gradient, so every per-task entry is put back.
     return jax.tree.map(lambda a, b: jnp.where(moves, a, b) if jnp.shape(b) == moves.shape else a, new, state)
 

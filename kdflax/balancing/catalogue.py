@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdflax.balancing import from_gradients, from_gramian, from_losses, shares, weightings
+from kdflax.balancing import from_gradients, from_gramian, from_losses, preferences, shares, weightings
 from kdflax.balancing.balancer import Balancer, smoothed
 from kdflax.balancing.combiner import Combiner, from_function
 
@@ -146,16 +146,16 @@ CATALOGUE: dict[str, Entry] = {
     "smoothing 1; here a tenth of the steps to warm up",
   ),
   "PBI": Entry(
-    from_losses.pbi,
+    preferences.pbi,
     "distance along and from a preferred line",
-    lambda tasks, steps: from_losses.pbi(jnp.ones(tasks)),
+    lambda tasks, steps: preferences.pbi(jnp.ones(tasks)),
     "a chosen point of the Pareto front, not convex ones too",
     "penalty 5",
   ),
   "COSMOS": Entry(
-    from_losses.cosmos,
+    preferences.cosmos,
     "r.L less the cosine with r",
-    lambda tasks, steps: from_losses.cosmos(jnp.ones(tasks) / tasks),
+    lambda tasks, steps: preferences.cosmos(jnp.ones(tasks) / tasks),
     "one model for all preferences",
     "penalty by data set; here 1",
   ),

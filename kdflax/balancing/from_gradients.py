@@ -39,6 +39,11 @@ def grad_drop(
   Raises:
     ValueError: leaves do not share their leading axis, or `leak` or `present` does not have one entry for each task.
 
+  Examples:
+    >>> gradients = jnp.array([[1.0, 2.0], [3.0, 2.0]])  # two tasks that agree
+    >>> print(grad_drop(gradients, jax.random.key(0)))
+    [2. 2.]
+
   Reference: Zhao Chen, Jiquan Ngiam, Yanping Huang, Thang Luong, Henrik Kretzschmar, Yuning Chai and Dragomir Anguelov,
   "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout", 2020, arXiv 2010.06808. Mean over the
   tasks where TorchJD sums; on parameter gradients, where LibMTL drops on the representation.
@@ -80,6 +85,10 @@ def trimmed_mean(gradients: PyTree, *, trim: int, present: jax.Array | None = No
 
   Raises:
     ValueError: `trim` is negative or leaves no task, leaves do not share their leading axis, or `present` is not `[T]`.
+
+  Examples:
+    >>> print(trimmed_mean(jnp.array([[1.0], [2.0], [100.0]]), trim=1))
+    [2.]
 
   Reference: Dong Yin, Yudong Chen, Kannan Ramchandran and Peter Bartlett, "Byzantine-Robust Distributed Learning:
   Towards Optimal Statistical Rates", 2018, arXiv 1803.01498.
@@ -155,6 +164,12 @@ def db_mtl(*, beta: float = 0.9, beta_sigma: float = 0.0) -> Combiner:
   Raises:
     ValueError: beta is known not to be in [0, 1).
 
+  Examples:
+    >>> combiner, gradients = db_mtl(), jnp.array([[1.0, 0.0], [0.0, 8.0]])
+    >>> direction, _ = combiner.update(jnp.array([1.0, 2.0]), gradients, combiner.init(gradients))
+    >>> print(direction.round(3))
+    [2. 2.]
+
   Reference: Baijiong Lin, Weisen Jiang, Feiyang Ye, Yu Zhang, Pengguang Chen, Ying-Cong Chen, Shu Liu and James T.
   Kwok, "Dual-Balancing for Multi-Task Learning", 2023, arXiv 2308.12029. Mean where the authors sum, and the running
   mean is corrected for its start at 0: without that the length grows by 1 / (1 - beta) over the first updates.
@@ -207,6 +222,12 @@ def moco(
   Raises:
     ValueError: beta is known not to be in (0, 1].
 
+  Examples:
+    >>> combiner, gradients = moco(), jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> direction, _ = combiner.update(jnp.ones(2), gradients, combiner.init(gradients))
+    >>> [round(entry, 3) for entry in direction.tolist()]
+    [0.54, 1.38]
+
   Reference: Heshan Fernando, Han Shen, Miao Liu, Subhajit Chaudhury, Keerthiram Murugesan and Tianyi Chen, "Mitigating
   Gradient Bias in Multi-objective Learning: A Provably Convergent Approach", ICLR 2023. LibMTL has a softmax where the
   paper projects, and multiplies unit gradients by the losses.
@@ -230,8 +251,8 @@ def moco(
     total = kept.sum()
     kept = jnp.where(total > 0, kept / jnp.where(total > 0, total, 1), present / count)
     k = jnp.max(buffer.step).astype(kept.dtype)
-    moved = kept - gamma / jnp.maximum(k, 1) ** gamma_sigma * (matvec(products, kept) + ridge * kept)
-    weights = project_simplex(moved, present)
+    slope = matvec(products, kept) + ridge * kept
+    weights = project_simplex(kept - gamma / jnp.maximum(k, 1) ** gamma_sigma * slope, present)
     stored = jnp.where(present, weights, state.weights)
     direction = _like(combine(means, weights, present=present), gradients)
     return direction, MocoState(buffer, stored.astype(state.weights.dtype))
@@ -269,6 +290,12 @@ def excess_mtl(*, learning_rate: float = 0.01) -> Combiner:
 
   Returns:
     A Combiner whose state holds a buffer of T gradients.
+
+  Examples:
+    >>> combiner, gradients = excess_mtl(), jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> direction, _ = combiner.update(jnp.ones(2), gradients, combiner.init(gradients))
+    >>> [round(entry, 3) for entry in direction.tolist()]  # at first the mean
+    [0.5, 1.5]
 
   Reference: Yifei He, Shiji Zhou, Guojun Zhang, Hyokun Yun, Yi Xu, Belinda Zeng, Trishul Chilimbi and Han Zhao, "Robust
   Multi-Task Learning with Excess Risks", 2024, arXiv 2402.02009. Mean over the tasks where LibMTL keeps a sum of T;

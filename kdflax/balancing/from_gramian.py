@@ -33,6 +33,12 @@ def from_weighting(weighting: Weighting, *, random_order: bool = False) -> Balan
 
   Returns:
     A Balancer that needs the Gramian, and with `random_order` a key.
+
+  Examples:
+    >>> balancer = from_weighting(weightings.mgda)
+    >>> weights, _ = balancer.update(jnp.ones(2), balancer.init(2), gramian=jnp.array([[4.0, -1.0], [-1.0, 1.0]]))
+    >>> [round(entry, 3) for entry in weights.tolist()]
+    [0.286, 0.714]
   """
 
   def weigh(x: Inputs) -> jax.Array:
@@ -67,6 +73,12 @@ def grad_norm(
   Returns:
     A Balancer that needs the Gramian (its diagonal).
 
+  Examples:
+    >>> balancer = grad_norm(optimizer=optax.sgd(0.1))
+    >>> weights, state = balancer.update(jnp.ones(2), balancer.init(2), gramian=jnp.array([[4.0, -1.0], [-1.0, 1.0]]))
+    >>> print(weights)  # at first
+    [1. 1.]
+
   Reference: Zhao Chen, Vijay Badrinarayanan, Chen-Yu Lee and Andrew Rabinovich, "GradNorm: Gradient Normalization for
   Adaptive Loss Balancing in Deep Multitask Networks", 2018, arXiv 1711.02257.
   """
@@ -88,9 +100,9 @@ def grad_norm(
     target = (weights * norms).sum() / x.num_usable * jnp.where(rate > 0, rate, 0) ** alpha
     slope = jnp.where(x.usable, jnp.sign(weights * norms - target) * norms, 0)
     gradient = weights * (slope - (shares * slope).sum())
-    moved = step(gradient, state.logits, x.usable)
-    moved = jax.tree.map(lambda new, old: jnp.where(started, new, old), moved, state.logits)
-    return jnp.where(started, weights, 1), GradNormState(moved, initial, state.known | x.usable)
+    logits = step(gradient, state.logits, x.usable)
+    logits = jax.tree.map(lambda new, old: jnp.where(started, new, old), logits, state.logits)
+    return jnp.where(started, weights, 1), GradNormState(logits, initial, state.known | x.usable)
 
   return make_balancer("grad_norm", init, weigh, needs_gramian=True)
 
@@ -114,6 +126,13 @@ def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
   Returns:
     A Balancer that needs the Gramian and a key.
 
+  Examples:
+    >>> balancer = grad_vac()
+    >>> gramian, key = jnp.array([[4.0, -1.0], [-1.0, 1.0]]), jax.random.key(0)
+    >>> weights, _ = balancer.update(jnp.ones(2), balancer.init(2), gramian=gramian, key=key)
+    >>> print(weights.round(3))  # at first as pcgrad
+    [0.625 1.   ]
+
   Reference: Zirui Wang, Yulia Tsvetkov, Orhan Firat and Yuan Cao, "Gradient Vaccine: Investigating and Improving
   Multi-task Optimization in Massively Multilingual Models", 2021, arXiv 2010.05874. LibMTL sums over the tasks where
   this takes the mean.
@@ -129,21 +148,21 @@ def grad_vac(*, beta: jax.Array | float = 0.5) -> Balancer:
     eps = jnp.finfo(dtype).eps
 
     def visit(carry, other):
-      rows, target = carry  # g_i = rows_i times unit rows
-      products = matvec(rows, p.cosines)
-      norm = jnp.sqrt(jnp.maximum((products * rows).sum(1), 0))
+      coefficients, target = carry  # g_i = coefficients_i @ unit gradients
+      products = matvec(coefficients, p.cosines)
+      norm = jnp.sqrt(jnp.maximum((products * coefficients).sum(1), 0))
       meets = (other != own) & p.valid & p.valid[other] & (norm > 0)
       cosine = jnp.clip(products[own, other] / jnp.where(norm > 0, norm, 1), -1, 1)
       wanted = target[own, other]
       sine = jnp.sqrt(jnp.maximum(1 - wanted**2, eps))
       amount = norm * (wanted * jnp.sqrt(1 - cosine**2) / sine - cosine)
-      rows = rows.at[own, other].add(jnp.where(meets & (cosine < wanted), amount, 0))
-      moved = (1 - beta) * wanted + beta * cosine
-      return (rows, target.at[own, other].set(jnp.where(meets & jnp.isfinite(moved), moved, wanted))), None
+      coefficients = coefficients.at[own, other].add(jnp.where(meets & (cosine < wanted), amount, 0))
+      turned = (1 - beta) * wanted + beta * cosine
+      return (coefficients, target.at[own, other].set(jnp.where(meets & jnp.isfinite(turned), turned, wanted))), None
 
     order = weightings.random_order(x.key, own.shape[0])
-    (rows, target), _ = lax.scan(visit, (jnp.diag(p.norms), state.target.astype(dtype)), order.T)
-    weights = rows.sum(0) * p.inverse_norms / p.num_present
+    (coefficients, target), _ = lax.scan(visit, (jnp.diag(p.norms), state.target.astype(dtype)), order.T)
+    weights = coefficients.sum(0) * p.inverse_norms / p.num_present
     return checked_weights(p, jnp.where(p.valid, weights, 1 / p.num_present)), GradVacState(target)
 
   return make_balancer("grad_vac", init, weigh, needs_gramian=True, needs_key=True)
@@ -178,6 +197,12 @@ def pcd(
 
   Raises:
     ValueError: beta is known not to be in [0, 1), or (by init and update) tau has another shape.
+
+  Examples:
+    >>> balancer = pcd(tau=0.5)
+    >>> weights, _ = balancer.update(jnp.ones(2), balancer.init(2), gramian=jnp.array([[4.0, -1.0], [-1.0, 1.0]]))
+    >>> print(weights.round(3))
+    [1. 2.]
 
   Reference: Dara Varam and Mohamed I. AlHajri, "Not All Objectives Are Born Equal: Priority-Constrained Descent for
   Hierarchical Multi-Objective Optimization", 2026, arXiv 2606.29521.

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from kdflax.balancing._problem import check_present
 from kdflax.balancing.balancer import (
@@ -33,6 +32,12 @@ def fixed(weights: jax.Array | float) -> Balancer:
 
   Returns:
     A Balancer; init and update raise ValueError for another number of tasks.
+
+  Examples:
+    >>> balancer = fixed(jnp.array([1.0, 3.0]))
+    >>> weights, _ = balancer.update(jnp.array([0.5, 2.0]), balancer.init(2))
+    >>> print(weights)
+    [1. 3.]
   """
 
   def init(num_tasks: int) -> optax.EmptyState:
@@ -47,6 +52,12 @@ def fixed(weights: jax.Array | float) -> Balancer:
 
 def random_weights() -> Balancer:
   """Return a balancer that draws `softmax(N(0, I))` at every update; needs a key.
+
+  Examples:
+    >>> balancer = random_weights()
+    >>> weights, _ = balancer.update(jnp.ones(3), balancer.init(3), key=jax.random.key(0))
+    >>> print(weights.sum().round(3))
+    1.0
 
   Reference: Baijiong Lin, Feiyang Ye, Yu Zhang and Ivor W. Tsang, "Reasonable Effectiveness of Random Weighting: A
   Litmus Test for Multi-Task Learning", 2022, arXiv 2111.10603.
@@ -84,6 +95,14 @@ def dynamic_weight_average(*, temperature: jax.Array | float = 2.0, steps_per_ep
 
   Raises:
     ValueError: `steps_per_epoch` is below 1.
+
+  Examples:
+    >>> balancer = dynamic_weight_average()
+    >>> state = balancer.init(2)
+    >>> for losses in ([4.0, 4.0], [4.0, 2.0], [4.0, 1.0]):  # the second task falls faster
+    ...   weights, state = balancer.update(jnp.array(losses), state)
+    >>> [round(entry, 3) for entry in weights.tolist()]
+    [1.124, 0.876]
 
   Reference: Shikun Liu, Edward Johns and Andrew J. Davison, "End-to-End Multi-Task Learning with Attention", 2019,
   arXiv 1803.10704.
@@ -128,6 +147,12 @@ def uncertainty(*, optimizer: optax.GradientTransformation, log_variance: jax.Ar
   Returns:
     A Balancer.
 
+  Examples:
+    >>> balancer = uncertainty(optimizer=optax.sgd(0.1), log_variance=jnp.log(2.0))
+    >>> weights, _ = balancer.update(jnp.array([1.0, 4.0]), balancer.init(2))
+    >>> print(weights.round(3))
+    [0.25 0.25]
+
   Reference: Alex Kendall, Yarin Gal and Roberto Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for
   Scene Geometry and Semantics", 2018, arXiv 1705.07115. The regression form for every task.
   """
@@ -153,6 +178,12 @@ def imtl_l(*, optimizer: optax.GradientTransformation, log_scale: jax.Array | fl
   Returns:
     A Balancer.
 
+  Examples:
+    >>> balancer = imtl_l(optimizer=optax.sgd(0.1))
+    >>> _, state = balancer.update(jnp.array([1.0, 4.0]), balancer.init(2))
+    >>> print(state.values.round(3))  # the weight of the larger loss falls
+    [ 0.  -0.3]
+
   Reference: Liyang Liu, Yi Li, Zhanghui Kuang, Jing-Hao Xue, Yimin Chen, Wenming Yang, Qingmin Liao and Wayne Zhang,
   "Towards Impartial Multi-task Learning", ICLR 2021. `imtl_g` is the part on gradients.
   """
@@ -169,6 +200,12 @@ def geometric() -> Balancer:
   """Return a balancer whose update is that of the geometric mean of the losses: weights `GLS / (T L_i)`.
 
   `GLS = exp(mean log L)`, without the overflow of the product. Losses must be positive. Its state is empty.
+
+  Examples:
+    >>> balancer = geometric()
+    >>> weights, _ = balancer.update(jnp.array([1.0, 4.0]), balancer.init(2))
+    >>> print(weights)
+    [1.   0.25]
 
   Reference: Sumanth Chennupati, Ganesh Sistu, Senthil Yogamani and Samir A. Rawashdeh, "MultiNet++: Multi-Stream
   Feature Aggregation and Geometric Loss Strategy for Multi-Task Learning", 2019, arXiv 1904.08492. LibMTL reports other
@@ -198,6 +235,10 @@ def uw_so(losses: jax.Array, temperature: jax.Array | float, *, present: jax.Arr
 
   Raises:
     ValueError: losses are not `[T]`, or `present` is not `[T]` bool.
+
+  Examples:
+    >>> print(uw_so(jnp.array([1.0, 4.0]), 1.0).round(3))
+    [0.679 0.321]
 
   Reference: Lukas Kirchdorfer, Cathrin Elich, Simon Kutsche, Heiner Stuckenschmidt, Lukas Schott and Jan M. Köhler,
   "Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning", 2024, arXiv 2408.07985.
@@ -246,6 +287,12 @@ def famo(*, learning_rate: jax.Array | float = 0.025, weight_decay: float = 1e-3
   Returns:
     A Balancer.
 
+  Examples:
+    >>> balancer = famo()
+    >>> weights, _ = balancer.update(jnp.array([1.0, 4.0]), balancer.init(2))
+    >>> print(weights.round(3))
+    [0.8 0.2]
+
   Reference: Bo Liu, Yihao Feng, Peter Stone and Qiang Liu, "FAMO: Fast Adaptive Multitask Optimization", 2023, arXiv
   2306.03792. The authors evaluate the change on the same batch by a second forward pass; here it is the change since
   the last update. Call update on losses of the same batch before and after the step for theirs.
@@ -261,8 +308,8 @@ def famo(*, learning_rate: jax.Array | float = 0.025, weight_decay: float = 1e-3
     moves = x.usable & state.known
     change = jnp.where(moves, state.log_losses - logs, 0)
     shares = shares_of(state.logits.values, x.usable)
-    moved = step(shares * (change - (shares * change).sum()), state.logits, moves)
-    logits = jax.tree.map(lambda new, old: jnp.where(moves.any(), new, old), moved, state.logits)
+    logits = step(shares * (change - (shares * change).sum()), state.logits, moves)
+    logits = jax.tree.map(lambda new, old: jnp.where(moves.any(), new, old), logits, state.logits)
     weights = shares_of(logits.values - logs, x.usable)
     return weights, FamoState(logits, jnp.where(x.usable, logs, state.log_losses), state.known | x.usable)
 
@@ -295,6 +342,13 @@ def smooth_tchebycheff(*, smoothing: jax.Array | float = 1.0, warmup_steps: int,
   Raises:
     ValueError: not 1 <= nadir_steps <= warmup_steps.
 
+  Examples:
+    >>> balancer = smooth_tchebycheff(warmup_steps=1, nadir_steps=1)
+    >>> _, state = balancer.update(jnp.array([1.0, 4.0]), balancer.init(2))
+    >>> weights, _ = balancer.update(jnp.array([1.0, 2.0]), state)  # the second has halved its loss
+    >>> [round(entry, 3) for entry in weights.tolist()]
+    [1.333, 0.333]
+
   Reference: Xi Lin, Xiaoyuan Zhang, Zhiyuan Yang, Fei Liu, Zhenkun Wang and Qingfu Zhang, "Smooth Tchebycheff
   Scalarization for Multi-Objective Optimization", 2024, arXiv 2402.19078.
   """
@@ -315,67 +369,3 @@ def smooth_tchebycheff(*, smoothing: jax.Array | float = 1.0, warmup_steps: int,
     return jnp.where(warm, 1, shares) / x.losses, TchebycheffState(step, total, state.number + takes)
 
   return make_balancer("smooth_tchebycheff", init, weigh, positive=True)
-
-
-def pbi(preference: jax.Array, *, penalty: jax.Array | float = 5.0, reference: jax.Array | float = 0.0) -> Balancer:
-  """Return a balancer for a point of the Pareto front: penalty-based boundary intersection.
-
-  Weights are the gradient of `d1 + penalty d2`: d1 the length of `L - reference` along the preference, d2 the
-  distance from that line (gradient 0 on it). With a penalty the weight of a loss below the line may be negative.
-
-  Args:
-    preference: direction in the space of the losses, `[T]`, non-negative.
-    penalty: of the distance from the direction; may be traced.
-    reference: lower bounds of the losses, a number or `[T]`.
-
-  Returns:
-    A Balancer with an empty state.
-
-  Reference: Qingfu Zhang and Hui Li, "MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition", IEEE
-  Transactions on Evolutionary Computation 2007.
-  """
-
-  def weigh(x: Inputs) -> jax.Array:
-    tasks = x.losses.shape[0]
-    direction = _unit(jnp.where(x.usable, per_task(preference, tasks, "pbi: preference"), 0))
-    shifted = jnp.where(x.usable, x.losses - per_task(reference, tasks, "pbi: reference"), 0)
-    across = shifted - (shifted * direction).sum() * direction
-    noise = 4 * jnp.finfo(across.dtype).eps * jnp.abs(shifted).max()
-    return direction + penalty * jnp.where(jnp.abs(across).max() > noise, _unit(across), 0)
-
-  return stateless("pbi", weigh)
-
-
-def cosmos(preference: jax.Array, *, penalty: jax.Array | float = 1.0) -> Balancer:
-  """Return a balancer for a point of the Pareto front: a weighted sum that rewards alignment with the preference.
-
-  Weights are the gradient of `r.L - penalty cos(r, L)`. The method's other half, a model that takes r as an input, is
-  the model's; draw r from a Dirichlet distribution for every batch then.
-
-  Args:
-    preference: r `[T]`, non-negative; may be traced.
-    penalty: of the cosine; may be traced.
-
-  Returns:
-    A Balancer with an empty state.
-
-  Reference: Michael Ruchte and Josif Grabocka, "Scalable Pareto Front Approximation for Deep Multi-Objective Learning",
-  2021, arXiv 2103.13392.
-  """
-
-  def weigh(x: Inputs) -> jax.Array:
-    wanted = jnp.where(x.usable, per_task(preference, x.losses.shape[0], "cosmos: preference"), 0)
-    losses = jnp.where(x.usable, x.losses, 0)
-    length = jnp.sqrt((losses**2).sum())
-    direction, towards = _unit(wanted), _unit(losses)
-    slope = (direction - (direction * towards).sum() * towards) / jnp.where(length > 0, length, 1)
-    return wanted - penalty * slope
-
-  return stateless("cosmos", weigh)
-
-
-def _unit(vector: jax.Array) -> jax.Array:
-  largest = jnp.abs(vector).max()
-  vector = vector / jnp.where(largest > 0, largest, 1)
-  squared = (vector**2).sum()
-  return vector * lax.rsqrt(jnp.where(squared > 0, squared, 1))

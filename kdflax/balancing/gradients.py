@@ -67,6 +67,12 @@ def task_gradients(
 
   Raises:
     ValueError: losses are neither `[T]` nor scalars, a leaf of `params` is not floating point, or `batch_size` < 1.
+
+  Examples:
+    >>> losses, gradients = task_gradients(lambda w: jnp.stack([w.sum(), (w**2).sum()]), jnp.array([1.0, 2.0]))
+    >>> print(gradients)
+    [[1. 1.]
+     [2. 4.]]
   """
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size must be at least 1; got {batch_size}")
@@ -192,6 +198,11 @@ def gramian(gradients: PyTree, *, depth: int | None = None) -> PyTree:
 
   Raises:
     ValueError: leaves do not share their leading axis, or depth is negative.
+
+  Examples:
+    >>> print(gramian(jnp.array([[1.0, 2.0], [2.0, -1.0]])))
+    [[5. 0.]
+     [0. 5.]]
   """
   tasks = num_tasks(gradients)
   if depth is None:
@@ -243,6 +254,10 @@ def combine(gradients: PyTree, weights: PyTree, *, present: jax.Array | None = N
 
   Raises:
     ValueError: weights or `present` do not have one entry for each task.
+
+  Examples:
+    >>> print(combine(jnp.array([[1.0, 2.0], [2.0, -1.0]]), jnp.array([0.5, 0.5])))
+    [1.5 0.5]
   """
   tasks = num_tasks(gradients)
   for leaf in jax.tree.leaves(weights):

@@ -25,6 +25,10 @@ def imtl_g(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array
   Raises:
     ValueError: the Gramian is not square, or `present` is not `[T]` bool.
 
+  Examples:
+    >>> [round(weight, 3) for weight in imtl_g(jnp.array([[4.0, -1.0], [-1.0, 1.0]])).tolist()]
+    [0.333, 0.667]
+
   Reference: Liyang Liu, Yi Li, Zhanghui Kuang, Jing-Hao Xue, Yimin Chen, Wenming Yang, Qingmin Liao and Wayne Zhang,
   "Towards Impartial Multi-task Learning", ICLR 2021. The pseudo-inverse is that of the cosines: duplicate rows are
   shared between, and no task is lost because its gradient is small.
@@ -57,6 +61,10 @@ def conflict_free(gramian: jax.Array, *, present: jax.Array | None = None) -> ja
   Raises:
     ValueError: the Gramian is not square, or `present` is not `[T]` bool.
 
+  Examples:
+    >>> [round(weight, 3) for weight in conflict_free(jnp.array([[4.0, -1.0], [-1.0, 1.0]])).tolist()]
+    [0.375, 0.75]
+
   Reference: Qiang Liu, Mengyu Chu and Nils Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural
   Networks", 2024, arXiv 2408.11104. The authors sum the projections over the tasks where this takes the mean.
   """
@@ -85,6 +93,10 @@ def nash_mtl(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Arr
   Raises:
     ValueError: the Gramian is not square, or `present` is not `[T]` bool.
 
+  Examples:
+    >>> [round(weight, 3) for weight in nash_mtl(jnp.array([[4.0, -1.0], [-1.0, 1.0]])).tolist()]
+    [0.707, 1.414]
+
   Reference: Aviv Navon, Aviv Shamsian, Idan Achituve, Haggai Maron, Kenji Kawaguchi, Gal Chechik and Ethan Fetaya,
   "Multi-Task Learning as a Bargaining Game", 2022, arXiv 2202.01017. They solve a sequence of convex programmes from
   the last solution and clip the direction; the equation is the minimum of a'Ga / 2 - sum log a, found here by Newton
@@ -111,6 +123,10 @@ def fair_grad(gramian: jax.Array, *, alpha: jax.Array | float = 1.0, present: ja
 
   Raises:
     ValueError: the Gramian is not square, `present` is not `[T]` bool, or alpha is not positive.
+
+  Examples:
+    >>> [round(weight, 3) for weight in fair_grad(jnp.array([[4.0, -1.0], [-1.0, 1.0]]), alpha=2.0).tolist()]
+    [0.678, 1.495]
 
   Reference: Hao Ban and Kaiyi Ji, "Fair Resource Allocation in Multi-Task Learning", 2024, arXiv 2402.15638. They use a
   general least-squares solver on the raw Gramian, which stops early for small or badly scaled gradients; here Newton
@@ -144,6 +160,10 @@ def aligned_mtl(gramian: jax.Array, *, scale: str = "min", present: jax.Array | 
 
   Raises:
     ValueError: the Gramian is not square, the scale is unknown, or `present` is not `[T]` bool.
+
+  Examples:
+    >>> [round(weight, 3) for weight in aligned_mtl(jnp.array([[4.0, -1.0], [-1.0, 1.0]])).tolist()]
+    [0.309, 0.558]
 
   Reference: Dmitry Senushkin, Nikolay Patakin, Arseny Kuznetsov and Anton Konushin, "Independent Component Alignment
   for Multi-Task Learning", 2023, arXiv 2305.19000. The rank tolerance follows the dtype of the Gramian; the authors sum

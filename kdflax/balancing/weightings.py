@@ -40,6 +40,10 @@ def mgda(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
   Raises:
     ValueError: the Gramian is not square, or `present` is not `[T]` bool.
 
+  Examples:
+    >>> [round(weight, 3) for weight in mgda(jnp.array([[4.0, -1.0], [-1.0, 1.0]])).tolist()]
+    [0.286, 0.714]
+
   Reference: Jean-Antoine Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization",
   Comptes Rendus Mathématique 2012; for networks, Ozan Sener and Vladlen Koltun, "Multi-Task Learning as Multi-Objective
   Optimization", 2018, arXiv 1810.04650. Those use Frank-Wolfe steps, which stop far from the minimum when the norms
@@ -73,6 +77,10 @@ def cagrad(gramian: jax.Array, *, c: jax.Array | float = 0.5, present: jax.Array
 
   Raises:
     ValueError: the Gramian is not square, `present` is not `[T]` bool, or c is known to be negative.
+
+  Examples:
+    >>> [round(weight, 3) for weight in cagrad(jnp.array([[4.0, -1.0], [-1.0, 1.0]])).tolist()]
+    [0.5, 0.933]
 
   Reference: Bo Liu, Xingchao Liu, Xiaojie Jin, Peter Stone and Qiang Liu, "Conflict-Averse Gradient Descent for
   Multi-task Learning", 2021, arXiv 2110.14048. Not divided by 1 + c^2, which the authors' code does; TorchJD does not
@@ -115,6 +123,10 @@ def upgrad(gramian: jax.Array, *, preference: jax.Array | None = None, present: 
   Raises:
     ValueError: the Gramian is not square, or `preference` or `present` is not `[T]`.
 
+  Examples:
+    >>> [round(weight, 3) for weight in upgrad(jnp.array([[4.0, -1.0], [-1.0, 1.0]])).tolist()]
+    [0.625, 1.0]
+
   Reference: Pierre Quinton and Valérian Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, arXiv
   2406.16232. TorchJD adds 1e-4 of the trace to the diagonal, which loses the promise for badly scaled rows, and returns
   the mean for gradients below 1e-2.
@@ -144,6 +156,10 @@ def dual_projection(
 
   Raises:
     ValueError: the Gramian is not square, or `preference` or `present` is not `[T]`.
+
+  Examples:
+    >>> [round(weight, 3) for weight in dual_projection(jnp.array([[4.0, -1.0], [-1.0, 1.0]])).tolist()]
+    [0.5, 0.5]
 
   Reference: David Lopez-Paz and Marc'Aurelio Ranzato, "Gradient Episodic Memory for Continual Learning", 2017, arXiv
   1706.08840, with all tasks in the constraint. Solved on the cosines and exactly, see `upgrad`.
@@ -178,6 +194,10 @@ def pcgrad(gramian: jax.Array, permutations: jax.Array, *, present: jax.Array | 
     ValueError: the Gramian is not square, the permutations have another shape or are not integers, or `present` is not
       `[T]` bool.
 
+  Examples:
+    >>> print(pcgrad(jnp.array([[4.0, -1.0], [-1.0, 1.0]]), jnp.array([[1], [0]])).round(3))
+    [0.625 1.   ]
+
   Reference: Tianhe Yu, Saurabh Kumar, Abhishek Gupta, Sergey Levine, Karol Hausman and Chelsea Finn, "Gradient Surgery
   for Multi-Task Learning", 2020, arXiv 2001.06782. The authors sum over the tasks, and add an epsilon to squared norms.
   """
@@ -207,7 +227,12 @@ def pcgrad(gramian: jax.Array, permutations: jax.Array, *, present: jax.Array | 
 
 
 def random_order(key: jax.Array, num_tasks: int) -> jax.Array:
-  """Draw an order of visits for `pcgrad`: independent permutations of the tasks, `[T, T]`."""
+  """Draw an order of visits for `pcgrad`: independent permutations of the tasks, `[T, T]`.
+
+  Examples:
+    >>> random_order(jax.random.key(0), 3).shape
+    (3, 3)
+  """
   return jax.vmap(lambda key: jax.random.permutation(key, num_tasks))(jax.random.split(key, num_tasks))
 
 
@@ -232,6 +257,10 @@ def krum(
   Raises:
     ValueError: the Gramian is not square, `num_byzantine` is negative or above T - 3 (a single task takes 0),
       `num_selected` is not in [1, T], or `present` is not `[T]` bool.
+
+  Examples:
+    >>> print(krum(jnp.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 9]]), num_byzantine=0, num_selected=2))
+    [0.5 0.5 0. ]
 
   Reference: Peva Blanchard, El Mahdi El Mhamdi, Rachid Guerraoui and Julien Stainer, "Machine Learning with
   Adversaries: Byzantine Tolerant Gradient Descent", 2017, arXiv 1703.02757. Squared distances as in the paper; TorchJD

@@ -40,6 +40,7 @@ def _from_spectrum(s_squared: jax.Array, h: jax.Array, mu: jax.Array) -> tuple[j
 
 
 def _vector(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
+  """In closed form, for a single column."""
   s_squared = jnp.sum(x * x, -2)
   h = jnp.sqrt(s_squared + mu[..., None] ** 2)
   value, slope = _from_spectrum(s_squared, h, mu)
@@ -47,6 +48,7 @@ def _vector(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
 
 
 def _by_svd(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
+  """From the singular vectors, without those of values that are rounding."""
   u, s, vt = jnp.linalg.svd(x, full_matrices=False)
   h = jnp.hypot(s, mu[..., None])
   keep = h > tolerance(x) * jnp.max(h, -1, keepdims=True)
@@ -56,6 +58,7 @@ def _by_svd(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
 
 
 def _by_gram(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
+  """From the eigenvectors of X'X, refined where squaring has cost digits."""
   h_squared, v = _eigenbasis(matmul(x.mT, x))
   s_squared = jnp.maximum(h_squared, 0)
   h_squared = s_squared + mu[..., None] ** 2
@@ -96,17 +99,23 @@ def _refine(x: jax.Array, v: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
   `C_ij += R_ij h_i / (h_i + h_j)` for the residual R, divides by sums only: clusters of singular values do no harm.
   """
   identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+
+  # 1. The columns of X V, their lengths h, and those that are more than rounding.
   y = matmul(x, v)
   s_squared = jnp.sum(y * y, -2)
   h = jnp.sqrt(s_squared + mu[..., None] ** 2)
   keep = h > tolerance(x) * jnp.max(h, -1, keepdims=True)
   weight = jnp.where(keep, 1 / jnp.where(keep, h, 1), 0)
+
+  # 2. I + F, the products of the unit columns, and C by Newton's steps.
   w = y * weight[..., None, :]
   target = jnp.where(identity > 0, identity, matmul(w.mT, w))
   share = jnp.where(keep, h, 1)
   share = share[..., :, None] / (share[..., :, None] + share[..., None, :])
   start = jnp.broadcast_to(identity, target.shape)
   c, size = _settle(start, lambda c: target - matmul(c.mT, c), lambda c, r: c + r * share)
+
+  # 3. C^-1, which makes the factor `W C^-1 V'`, if both iterations have settled.
   inverse, remainder = _inverse(c, 2 * identity - c)
   ok = jnp.all(jnp.maximum(size, remainder) <= 4 * _settled(c))
 
@@ -118,6 +127,7 @@ def _refine(x: jax.Array, v: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
     slope = jnp.sum(slope - mu[..., None] * extra_inverse * weight, -1)
     return Polar(value, matmul(w, matmul(inverse, v.mT)), -slope)
 
+  # 4. Else by iteration, on what is more than rounding.
   def iterated():
     kept_v = v * keep[..., None, :].astype(x.dtype)
     polar = _by_newton_schulz(matmul(matmul(x, kept_v), v.mT), mu, smoothed, floor=tolerance(x))
@@ -165,6 +175,7 @@ def _by_newton_schulz(x: jax.Array, mu: jax.Array, smoothed: bool, floor: float 
   identity = jnp.eye(x.shape[-1], dtype=x.dtype)
   gram = lambda blocks: sum(matmul(block.mT, block) for block in blocks)
 
+  # 1. Odd polynomials of `[X; mu I]`, scaled so that no singular value is above 1.
   def step(blocks, coefficients):
     linear, cubic, quintic = coefficients
     squares = gram(blocks)
@@ -173,11 +184,13 @@ def _by_newton_schulz(x: jax.Array, mu: jax.Array, smoothed: bool, floor: float 
 
   blocks = [x, mu[..., None, None] * identity] if smoothed else [x]
   # ||B'B||_F^(1/2) lies between s_1 and n^(1/4) s_1: tighter than ||B||_F.
-  bound = jnp.sqrt(jnp.linalg.norm(gram(blocks), axis=(-2, -1)))[..., None, None]
-  bound = jnp.where(bound > 0, bound, 1)
+  largest = jnp.sqrt(jnp.linalg.norm(gram(blocks), axis=(-2, -1)))[..., None, None]
+  largest = jnp.where(largest > 0, largest, 1)
   eps = float(jnp.finfo(x.dtype).eps)
   polynomials = jnp.asarray(_polynomials(eps, eps**0.6 if floor is None else floor), x.dtype)
-  (top, *bottom), _ = jax.lax.scan(step, [block / bound for block in blocks], polynomials)
+  (top, *bottom), _ = jax.lax.scan(step, [block / largest for block in blocks], polynomials)
+
+  # 2. The value and its slope in mu, from the two blocks of the factor.
   if not smoothed:
     return Polar(jnp.sum(top * x, (-2, -1)), top, -jnp.sum(top * top, (-2, -1)))
   # tr(I - mu H^-1) = tr((I + mu H^-1)^-1 factor'factor): exact near zero, where the difference would cancel. The
@@ -197,7 +210,7 @@ def _polynomials(eps: float, floor: float) -> np.ndarray:
   """
   taylor = np.array([15, -10, 3]) / 8  # leaves the third power of what is missing
   apply = lambda p, s: p[0] * s + p[1] * s**3 + p[2] * s**5
-  found, lower = [], floor
+  polynomials, lower = [], floor
   while 1 - lower > np.cbrt(eps) / 2:
     if lower > 0.9:
       p = taylor
@@ -205,22 +218,23 @@ def _polynomials(eps: float, floor: float) -> np.ndarray:
       p, error = _best_polynomial(max(lower, 0.1))
       p = p / (1 + error) / 1.001  # nothing leaves [0, 1], above which rounding would grow ninefold each time
     lower = min(apply(p, lower), apply(p, 1.0))
-    found.append(p)
-  return np.array([*found, taylor])
+    polynomials.append(p)
+  return np.array([*polynomials, taylor])
 
 
 def _best_polynomial(lower: float) -> tuple[np.ndarray, float]:
   """The odd polynomial of degree 5 nearest to 1 on [lower, 1], and its largest distance, by Remez' exchange."""
   inner = lower + (1 - lower) * np.array([0.25, 0.75])
-  found = np.zeros(4)  # three coefficients and the distance
+  best = np.zeros(4)  # three coefficients and the distance
   for _ in range(20):
     s = np.array([lower, *inner, 1.0])
-    found = np.linalg.solve(np.stack([s, s**3, s**5, [1, -1, 1, -1]], axis=1), np.ones(4))
-    inner = np.sqrt(np.sort(np.roots([5 * found[2], 3 * found[1], found[0]])))  # where the slope is 0
-  return found[:3], float(found[3])
+    best = np.linalg.solve(np.stack([s, s**3, s**5, [1, -1, 1, -1]], axis=1), np.ones(4))
+    inner = np.sqrt(np.sort(np.roots([5 * best[2], 3 * best[1], best[0]])))  # where the slope is 0
+  return best[:3], float(best[3])
 
 
 def _auto(x: jax.Array, mu: jax.Array, smoothed: bool) -> Polar:
+  """What is fastest on the platform that the program is compiled for."""
   on_cpu, elsewhere = (functools.partial(method, smoothed=smoothed) for method in (_on_cpu, _by_newton_schulz))
   return jax.lax.platform_dependent(x, mu, cpu=on_cpu, default=elsewhere)
 
