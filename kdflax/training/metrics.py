@@ -148,7 +148,9 @@ def delta_m(results: TaskMetrics, baseline: TaskMetrics, *, higher_is_better: Ma
   return np.asarray(-100 * sum(per_metric) / len(per_metric))
 
 
-def _relative_changes(results, baseline, higher_is_better) -> dict[str, dict[str, np.ndarray]]:
+def _relative_changes(
+  results: TaskMetrics, baseline: TaskMetrics, higher_is_better: Mapping[str, bool]
+) -> dict[str, dict[str, np.ndarray]]:
   """Returns by task and metric the change relative to the baseline, positive where it is for the better."""
   names = lambda tree: sorted((task, metric) for task, metrics in tree.items() for metric in metrics)
   if not names(results) or names(results) != names(baseline):
