@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from kdflax.coupling.nuclear_norm import nuclear_norm, singular_value_threshold
-from kdflax.numerics.safe import after
+from kdflax.numerics.safe import not_before
 
 Projection = Callable[[Any], Any]
 _UNFOLDINGS = ("last", "tucker", "train")
@@ -102,7 +102,7 @@ def trace_norm_coupling(
     by_shape.setdefault((matrices[0].shape, matrices[0].dtype), []).extend(differences)
   total = jnp.zeros((), jnp.float32)
   for differences in by_shape.values():
-    matrices = after(jnp.stack(differences), total)  # one decomposition at a time
+    matrices = not_before(jnp.stack(differences), total)  # one decomposition at a time
     total = total + 2 * jnp.sum(nuclear_norm(matrices, smoothing=smoothing, method=method))
   return total
 
@@ -150,7 +150,7 @@ def stacked_trace_norm(
         "two axes"
       )
     for matrix in _unfold(_tasks_last("stacked_trace_norm", jnp.asarray(leaf), task_axis), unfolding):
-      total = total + nuclear_norm(after(matrix, total), smoothing=smoothing, method=method)
+      total = total + nuclear_norm(not_before(matrix, total), smoothing=smoothing, method=method)
   return total
 
 

@@ -18,7 +18,7 @@ from kdflax.numerics.examples import (
   positions,
 )
 from kdflax.numerics.products import inner_products
-from kdflax.numerics.safe import after, l2_normalize
+from kdflax.numerics.safe import l2_normalize, not_before
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _EPSILON = 1e-7  # of the original implementation, added to the denominators
@@ -190,7 +190,7 @@ def _nce_of_bank_jvp(primals, tangents):
   moved = jnp.zeros_like(values)
   if not isinstance(tangents[0], SymbolicZero):
     of_anchors = jax.lax.map(lambda row: jnp.matmul(row[0], _rows(bank, row[1]), precision=_HIGHEST), (slopes, indices))
-    values = after(values, of_anchors.sum(axis=-1))  # the bank is read before a write that waits for the values
+    values = not_before(values, of_anchors.sum(axis=-1))  # the bank is read before a write that waits for the values
     moved = moved + jnp.sum(of_anchors * tangents[0], axis=-1) / temperature
   if not isinstance(tangents[1], SymbolicZero):
     moved = moved - jnp.sum(slopes * scores, axis=-1) / temperature * tangents[1]

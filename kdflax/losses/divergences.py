@@ -14,13 +14,13 @@ from jax.custom_derivatives import SymbolicZero
 from kdflax.numerics.divided_differences import exp_divided_difference
 from kdflax.numerics.examples import check_range, mask
 from kdflax.numerics.log_probabilities import (
-  along,
   log_ratio,
   log_softmax,
   logit_pair,
   relative_entropy,
   soften,
   softmax,
+  tangent_sum,
 )
 
 
@@ -49,7 +49,7 @@ def _log_mixture_jvp(primals, tangents):
   over = jnp.where(log_m == -jnp.inf, jnp.inf, log_m)  # a class impossible on both sides does not move
   p_slope, q_slope = jnp.exp(jnp.log(share) + log_p - over), jnp.exp(jnp.log1p(-share) + log_q - over)
   of_alpha = tangents[2] if isinstance(tangents[2], SymbolicZero) else tangents[2][..., None]
-  return log_m, along((*tangents[:2], of_alpha), p_slope, q_slope, jnp.exp(log_p - over) - jnp.exp(log_q - over))
+  return log_m, tangent_sum((*tangents[:2], of_alpha), p_slope, q_slope, jnp.exp(log_p - over) - jnp.exp(log_q - over))
 
 
 _log_mixture.defjvp(_log_mixture_jvp, symbolic_zeros=True)
@@ -325,9 +325,9 @@ def _jensen_shannon_jvp(primals, tangents):
   share = beta[..., None]
   p_slope = -share * jnp.exp(log_p) * log_ratio(log_p, log_m)
   q_slope = -(1 - share) * jnp.exp(log_q) * log_ratio(log_q, log_m)
-  tangent = along(tangents[:2], p_slope, q_slope).sum(axis=-1)
+  tangent = tangent_sum(tangents[:2], p_slope, q_slope).sum(axis=-1)
   difference = relative_entropy(log_p, log_m) - relative_entropy(log_q, log_m)
-  return _jensen_shannon(*primals), tangent + along(tangents[2:], difference)
+  return _jensen_shannon(*primals), tangent + tangent_sum(tangents[2:], difference)
 
 
 _jensen_shannon.defjvp(_jensen_shannon_jvp, symbolic_zeros=True)

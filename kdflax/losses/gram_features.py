@@ -11,7 +11,7 @@ from kdflax.losses.maps import check_channels, check_maps, in_a_row, map_pair
 from kdflax.numerics.examples import as_features, examples_of, mask, positions_counted
 from kdflax.numerics.pooling import pool_to_common_size
 from kdflax.numerics.products import gram_difference
-from kdflax.numerics.safe import after, l2_normalize, safe_divide
+from kdflax.numerics.safe import l2_normalize, not_before, safe_divide
 
 _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -259,7 +259,7 @@ def _paired_vectors(
 
 def _right_singular(features: jax.Array, count: int, done: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The largest singular values `[batch, count]` and their vectors `[batch, channels, count]`, as far as they exist."""
-  _, values, vectors = _svd(after(in_a_row(features), done))
+  _, values, vectors = _svd(not_before(in_a_row(features), done))
   vanish = values <= _rounding(values)
   return values[:, :count], jnp.where(vanish[:, None], 0, vectors)[..., :count]
 

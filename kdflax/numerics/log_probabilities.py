@@ -71,10 +71,10 @@ def log_softmax(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 # without the selections that keep -inf out of that. XLA compiles them several times faster for a CPU.
 
 
-def along(tangents: Sequence[jax.Array | SymbolicZero], *slopes: jax.Array) -> jax.Array:
+def tangent_sum(tangents: Sequence[jax.Array | SymbolicZero], *slopes: jax.Array) -> jax.Array:
   """Sum of slope * tangent over the arguments that are differentiated."""
   pairs = zip(slopes, tangents, strict=True)
-  moving = [slope * moved for slope, moved in pairs if not isinstance(moved, SymbolicZero)]
+  moving = [slope * tangent for slope, tangent in pairs if not isinstance(tangent, SymbolicZero)]
   return sum(moving, start=jnp.zeros_like(slopes[0]))
 
 
@@ -91,7 +91,7 @@ def _divide(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 def _divide_jvp(primals, tangents):
   logits, temperature = primals
   finite = jnp.where(logits == -jnp.inf, 0, logits)
-  return _divide(*primals), along(tangents, 1 / temperature, -finite / temperature**2)
+  return _divide(*primals), tangent_sum(tangents, 1 / temperature, -finite / temperature**2)
 
 
 _divide.defjvp(_divide_jvp, symbolic_zeros=True)
@@ -104,8 +104,8 @@ def _normalize(logits: jax.Array) -> jax.Array:
 
 @_normalize.defjvp
 def _normalize_jvp(primals, tangents):
-  log_q, moved = _normalize(*primals), tangents[0]
-  return log_q, moved - jnp.sum(jnp.exp(log_q) * moved, axis=-1, keepdims=True)
+  log_q, tangent = _normalize(*primals), tangents[0]
+  return log_q, tangent - jnp.sum(jnp.exp(log_q) * tangent, axis=-1, keepdims=True)
 
 
 @jax.custom_jvp
@@ -117,8 +117,8 @@ def softmax(logits: jax.Array) -> jax.Array:
 
 @softmax.defjvp
 def _softmax_jvp(primals, tangents):
-  q, moved = softmax(*primals), tangents[0]
-  return q, q * (moved - jnp.sum(q * moved, axis=-1, keepdims=True))
+  q, tangent = softmax(*primals), tangents[0]
+  return q, q * (tangent - jnp.sum(q * tangent, axis=-1, keepdims=True))
 
 
 @jax.custom_jvp
@@ -142,7 +142,7 @@ def _relative_entropy_jvp(primals, tangents):
   log_p, log_q = primals
   p, q = jnp.exp(log_p), jnp.exp(log_q)
   slopes = -p * log_ratio(log_p, log_q), q - p
-  return relative_entropy(*primals), along(tangents, *slopes).sum(axis=-1)
+  return relative_entropy(*primals), tangent_sum(tangents, *slopes).sum(axis=-1)
 
 
 relative_entropy.defjvp(_relative_entropy_jvp, symbolic_zeros=True)

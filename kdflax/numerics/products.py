@@ -22,8 +22,8 @@ def _gram(rows: jax.Array) -> jax.Array:
 
 @_gram.defjvp
 def _gram_jvp(primals, tangents):
-  (rows,), (moved,) = primals, tangents
-  half = jnp.matmul(moved, rows.T, precision=jax.lax.Precision.HIGHEST)
+  (rows,), (tangent,) = primals, tangents
+  half = jnp.matmul(tangent, rows.T, precision=jax.lax.Precision.HIGHEST)
   return _gram(rows), half + half.T
 
 
@@ -50,5 +50,5 @@ def gram_difference_half_tangent(
 ) -> jax.Array:
   """`dx x' - dy y'` of the sides that move; the tangent of `gram_difference` is that and its transpose."""
   signed = zip((1, -1), primals, tangents, strict=True)
-  halves = [sign * inner_products(moved, x) for sign, x, moved in signed if not isinstance(moved, SymbolicZero)]
+  halves = [sign * inner_products(tangent, x) for sign, x, tangent in signed if not isinstance(tangent, SymbolicZero)]
   return sum(halves[1:], start=halves[0])

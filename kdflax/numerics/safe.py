@@ -94,7 +94,7 @@ def _norm_jvp(axis, primals, tangents):
   return norm, jnp.sum(safe_divide(primals[0], norm) * tangents[0], axis=axis, keepdims=True)
 
 
-def after(x: jax.Array, done: jax.Array) -> jax.Array:
+def not_before(x: jax.Array, done: jax.Array) -> jax.Array:
   """x, known only once `done` is, which broadcasts against it: a zero that depends on `done` is added.
 
   Batched LAPACK calls that XLA runs side by side on two cores can wait for each other for ever (jaxlib 0.10); an
