@@ -2,12 +2,12 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 BENCHMARKS ?= balancing composite features logits nuclear_norm relations step
-# One test of every kind; what compiles for minutes (devices, second derivatives, whole runs) is left to `make test`.
+# Every kind of test once; what compiles for minutes (devices, second derivatives, float64, whole runs) is in `make test`.
 QUICK = tests/test_layering.py tests/test_style.py tests/test_packaging.py tests/test_docs.py tests/test_contributing.py \
-  tests/test_readme.py tests/test_objectives.py tests/data tests/coupling/test_penalties.py \
-  tests/balancing/test_weightings.py tests/models/test_networks.py tests/merging/test_merging.py \
-  tests/training/test_checkpoints.py tests/training/test_metrics.py tests/losses/test_contract.py \
-  -k "not devices and not finite_differences and not dropping and not outside_of_jit and not another_process"
+  tests/test_readme.py tests/test_objectives.py tests/data tests/models/test_networks.py tests/balancing/test_rows.py \
+  tests/training/test_checkpoints.py tests/training/test_run.py tests/training/test_metrics.py \
+  tests/losses/test_contract.py -k "not devices and not finite and not dropping and not eager and not defaults and not \
+  scales and not float64 and not bfloat16 and not hyper and not another_process"
 
 .DEFAULT_GOAL := help
 .PHONY: help distill test quick lint docs bench clean
