@@ -26,6 +26,7 @@ from kdflax.losses.features import (
   smooth_l1,
   vid,
 )
+from kdflax.losses.fused import fused_cross_entropy, fused_distillation, fused_divergence, fused_linear
 from kdflax.losses.gram_features import fsp, inter_channel_correlation, kdsvd, nst
 from kdflax.losses.logit_relations import batch_correlation, class_correlation, dist
 from kdflax.losses.logits import bernoulli_kl, hard_targets, kl_soft_targets, standardize_logits, standardized, wttm
@@ -38,8 +39,16 @@ from kdflax.losses.relations import (
   rkd_distance,
   similarity_preserving,
 )
+from kdflax.losses.sequence import (
+  sampled_kl,
+  top_k_jensen_shannon,
+  top_k_kl,
+  top_k_reverse_kl,
+  unordered_logits,
+)
 from kdflax.losses.similarity import prototype_similarity, similarity_distribution, token_similarity
 from kdflax.losses.targets import dkd, nkd, ofa, rld
+from kdflax.losses.tokens import normalize, shift_labels
 from kdflax.losses.transport import wkd_features, wkd_logits
 from kdflax.numerics.examples import masked_mean, masked_sum
 
@@ -64,6 +73,10 @@ __all__ = [
   "factor_transfer",
   "forward_kl",
   "fsp",
+  "fused_cross_entropy",
+  "fused_distillation",
+  "fused_divergence",
+  "fused_linear",
   "hard_targets",
   "hierarchical_context",
   "hint",
@@ -78,6 +91,7 @@ __all__ = [
   "masked_mean",
   "masked_sum",
   "nkd",
+  "normalize",
   "nst",
   "ofa",
   "ofd",
@@ -89,6 +103,8 @@ __all__ = [
   "rkd_angle",
   "rkd_distance",
   "rld",
+  "sampled_kl",
+  "shift_labels",
   "similarity_distribution",
   "similarity_preserving",
   "skew_kl",
@@ -96,7 +112,11 @@ __all__ = [
   "standardize_logits",
   "standardized",
   "token_similarity",
+  "top_k_jensen_shannon",
+  "top_k_kl",
+  "top_k_reverse_kl",
   "total_variation",
+  "unordered_logits",
   "vid",
   "wkd_features",
   "wkd_logits",

@@ -7,20 +7,19 @@ there: the divergence is infinite where the other side's expectation runs over i
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-from jax.custom_derivatives import SymbolicZero
 
 from kdflax.numerics.divided_differences import exp_divided_difference
 from kdflax.numerics.examples import check_range, mask
 from kdflax.numerics.log_probabilities import (
-  log_ratio,
+  half_difference,
+  log_mixture,
   log_softmax,
   logit_pair,
+  mixture_divergence,
+  mixture_end,
   relative_entropy,
   soften,
   softmax,
-  tangent_sum,
 )
 
 
@@ -34,25 +33,6 @@ def _log_probabilities(
 
 def _check_share(name: str, value: float | jax.Array, where: jax.Array | None) -> None:
   check_range(name, value, "at least 0 and below 1", lambda share: (share >= 0) & (share < 1), where)
-
-
-@jax.custom_jvp
-def _log_mixture(log_p: jax.Array, log_q: jax.Array, alpha: jax.Array) -> jax.Array:
-  """`log(alpha p + (1 - alpha) q)`."""
-  alpha = alpha[..., None]
-  return jnp.logaddexp(jnp.log(alpha) + log_p, jnp.log1p(-alpha) + log_q)
-
-
-def _log_mixture_jvp(primals, tangents):
-  log_p, log_q, alpha = primals
-  log_m, share = _log_mixture(*primals), alpha[..., None]
-  over = jnp.where(log_m == -jnp.inf, jnp.inf, log_m)  # a class impossible on both sides does not move
-  p_slope, q_slope = jnp.exp(jnp.log(share) + log_p - over), jnp.exp(jnp.log1p(-share) + log_q - over)
-  of_alpha = tangents[2] if isinstance(tangents[2], SymbolicZero) else tangents[2][..., None]
-  return log_m, tangent_sum((*tangents[:2], of_alpha), p_slope, q_slope, jnp.exp(log_p - over) - jnp.exp(log_q - over))
-
-
-_log_mixture.defjvp(_log_mixture_jvp, symbolic_zeros=True)
 
 
 def forward_kl(
@@ -167,11 +147,7 @@ def total_variation(
   """
   student, teacher, temperature = logit_pair(student_logits, teacher_logits, where, temperature=temperature)
   q, p = softmax(soften(student, temperature)), softmax(soften(teacher, temperature))
-  difference = q - p
-  # Equal logits may be compiled to unequal roundings: what is left between them has a size of 0, but it has a sign.
-  rounding = jnp.abs(difference) <= 16 * jnp.finfo(p.dtype).eps * p
-  sign = jnp.where(rounding, 0, jnp.sign(difference))
-  return mask((sign * difference).sum(axis=-1) / 2, where)
+  return mask(half_difference(q, p), where)
 
 
 def skew_kl(
@@ -214,7 +190,7 @@ def skew_kl(
   """
   _check_share("alpha", alpha, where)
   log_q, log_p, alpha = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, alpha=alpha)
-  return mask(relative_entropy(log_p, _log_mixture(log_p, log_q, alpha)), where)
+  return mask(relative_entropy(log_p, log_mixture(log_p, log_q, alpha)), where)
 
 
 def reverse_skew_kl(
@@ -257,7 +233,7 @@ def reverse_skew_kl(
   """
   _check_share("alpha", alpha, where)
   log_q, log_p, alpha = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, alpha=alpha)
-  return mask(relative_entropy(log_q, _log_mixture(log_q, log_p, alpha)), where)
+  return mask(relative_entropy(log_q, log_mixture(log_q, log_p, alpha)), where)
 
 
 def jensen_shannon(
@@ -300,37 +276,10 @@ def jensen_shannon(
   Bachem, "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", 2024, arXiv 2306.13649.
   Some implementations mix probabilities in the dtype of the inputs, which turns negative in bfloat16.
   """
-  if jnp.ndim(beta) == 0 and not isinstance(beta, Tracer):
-    if not 0 <= beta <= 1:
-      raise ValueError(f"beta must be between 0 and 1; got {beta}")
-    if beta in (0, 1):
-      end = forward_kl if beta == 0 else reverse_kl
-      return end(student_logits, teacher_logits, temperature=temperature, where=where)
-  elif not isinstance(beta, Tracer) and np.any((np.asarray(beta) <= 0) | (np.asarray(beta) >= 1)):
-    raise ValueError(f"an array beta must be inside (0, 1); 0 and 1 are forward_kl and reverse_kl; got {beta}")
+  if (end := mixture_end(beta)) is not None:
+    return (forward_kl, reverse_kl)[end](student_logits, teacher_logits, temperature=temperature, where=where)
   log_q, log_p, beta = _log_probabilities(student_logits, teacher_logits, where, temperature=temperature, beta=beta)
-  return mask(_jensen_shannon(log_p, log_q, beta), where)
-
-
-@jax.custom_jvp
-def _jensen_shannon(log_p: jax.Array, log_q: jax.Array, beta: jax.Array) -> jax.Array:
-  log_m = _log_mixture(log_p, log_q, beta)
-  return beta * relative_entropy(log_p, log_m) + (1 - beta) * relative_entropy(log_q, log_m)
-
-
-def _jensen_shannon_jvp(primals, tangents):
-  """The mixture is the nearest to both sides of all distributions: to first order its own change adds nothing."""
-  log_p, log_q, beta = primals
-  log_m = _log_mixture(*primals)
-  share = beta[..., None]
-  p_slope = -share * jnp.exp(log_p) * log_ratio(log_p, log_m)
-  q_slope = -(1 - share) * jnp.exp(log_q) * log_ratio(log_q, log_m)
-  tangent = tangent_sum(tangents[:2], p_slope, q_slope).sum(axis=-1)
-  difference = relative_entropy(log_p, log_m) - relative_entropy(log_q, log_m)
-  return _jensen_shannon(*primals), tangent + tangent_sum(tangents[2:], difference)
-
-
-_jensen_shannon.defjvp(_jensen_shannon_jvp, symbolic_zeros=True)
+  return mask(mixture_divergence(log_p, log_q, beta), where)
 
 
 def alpha_beta(

@@ -147,6 +147,17 @@ def check_range(
     raise ValueError(f"{name} must be {allowed}; got {value}")
 
 
+def check_classes(name: str, classes: jax.Array, num_classes: int, counted: jax.Array, fix: str) -> None:
+  """Raises a ValueError if classes that are known before tracing are out of range where counted."""
+  if isinstance(classes, Tracer) or isinstance(counted, Tracer):
+    return
+  known = np.asarray(classes)
+  wrong = known[np.asarray(counted) & ((known < 0) | (known >= num_classes))]
+  if wrong.size:
+    shown = ", ".join(map(str, np.unique(wrong)[:5]))
+    raise ValueError(f"{name} of shape {known.shape} must be in 0 .. {num_classes - 1}; got {shown}. {fix}")
+
+
 def check_broadcasts(name: str, shape: tuple[int, ...], what: str, wanted: tuple[int, ...]) -> None:
   """Raises a ValueError unless a shape broadcasts to the one wanted."""
   sizes = zip(reversed(shape), reversed(wanted), strict=False)

@@ -19,6 +19,7 @@ from tests.losses import (
   family_features,
   family_logits,
   family_relations,
+  family_sequence,
   family_similarity,
   family_targets,
 )
@@ -29,12 +30,17 @@ FAMILIES = (
   family_features,
   family_logits,
   family_relations,
+  family_sequence,
   family_similarity,
   family_targets,
 )
 CASES = [case for family in FAMILIES for case in family.CASES]
-# Public, but not a loss of this form; `crd` returns its memory as well and is tested in test_crd.py.
-NOT_PER_EXAMPLE = {"masked_mean", "masked_sum", "ofd_margin", "standardize_logits", "standardized", "crd", "crd_memory"}
+# Public, but not a loss of this form; `crd` returns its memory as well and is tested in test_crd.py, heads are no
+# examples and are tested in test_fused.py, what surrounds a loss on tokens in test_tokens.py.
+NOT_PER_EXAMPLE = {
+  *("masked_mean", "masked_sum", "ofd_margin", "standardize_logits", "standardized", "crd", "crd_memory"),
+  *("fused_cross_entropy", "fused_distillation", "fused_divergence", "fused_linear", "normalize", "shift_labels"),
+}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 1e-2}
 SQUARES_BEFORE_IT_NORMALIZES = {
   "similarity_preserving",
@@ -205,7 +211,8 @@ def degenerate_inputs(case, arrays):
   if case.kind == "logits":
     yield "large logits of 1e4", changed(lambda a: 1e4 * np.sign(a))
     yield "logits a hundred apart", changed(lambda a: 40 * a)
-    yield "opposed large logits", [1e4 * np.sign(arrays[0]), -1e4 * np.sign(arrays[0]), *arrays[2:]]
+    opposed = -1e4 * np.sign(arrays[0]) if case.teachers else arrays[1]
+    yield "opposed large logits", [1e4 * np.sign(arrays[0]), opposed, *arrays[2:]]
 
     def without_last_class(a):
       a[..., -1] = -np.inf
