@@ -120,7 +120,7 @@ def facts_of_labels(
   if axis is None:
     fix = "Say by ignore_index or where which do not count"
     check_classes("labels", labels, rows, labelled, fix)
-  unknown = labelled & ((labels < 0) | (labels >= all_sum(rows, axis)))
+  unknown = labelled & ((labels < 0) | (labels >= _everywhere(rows, axis)))
   return {"label": labels, "labelled": labelled, "unknown": unknown}
 
 
@@ -165,14 +165,19 @@ def _shared_classes(student: Side, teacher: Side, num_classes: int | None, axis_
       f"heads whose rows are spread over {axis_name!r} must have equally many on a device; got {shown}. Fill one up "
       "and give num_classes"
     )
-  least, most = min(rows), max(rows)
+  least, most = _everywhere(min(rows), axis_name), _everywhere(max(rows), axis_name)
   if num_classes is None:
     return None if least == most else least
-  if not 1 <= num_classes <= all_sum(least, axis_name):
+  if not 1 <= num_classes <= least:
     raise ValueError(
       f"num_classes, the first rows that both sides share, must be in 1 .. {least}; got {num_classes} for {shown}"
     )
-  return None if num_classes == all_sum(most, axis_name) else num_classes
+  return None if num_classes == most else num_classes
+
+
+def _everywhere(rows: int, axis_name: AxisName) -> int:
+  """Rows on all devices."""
+  return rows if axis_name is None else rows * jax.lax.axis_size(axis_name)
 
 
 def _divergence(

@@ -62,9 +62,9 @@ def top_k_kl(
     >>> print(f"{top_k_kl(logits, known, jnp.array([1, 0]), tail=False):.4f}")
     0.3434
 
-  Reference: Anshumann, Mohd Abbas Zaidi, Akhil Kedia, Jinwoo Ahn, Taehwak Kwon, Kangwook Lee, Haejun Lee and Joohyung
-  Lee, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", 2025, arXiv 2503.16870 (its account of
-  top-k distillation). Most implementations leave the tail out; one clamps it, which stops the gradient there.
+  Reference: Anshumann Anshumann, Mohd Abbas Zaidi, Akhil Kedia, Jinwoo Ahn, Taehwak Kwon, Kangwook Lee, Haejun Lee and
+  Joohyung Lee, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", 2025, arXiv 2503.16870 (its
+  account of top-k distillation). Most implementations leave the tail out; one clamps it, which stops its gradient.
   """
   log_q, log_p = _outcomes(student_logits, teacher_log_probs, teacher_indices, temperature, tail, where)
   return mask(relative_entropy(log_p, log_q), where)
@@ -202,8 +202,8 @@ def sampled_kl(
     >>> print(f"{sampled_kl(jnp.array([2.0, 1.0, 0.0]), jnp.array([1, 0, 1]), jnp.array([0.25, 0.5, 0.25])):.4f}")
     0.9076
 
-  Reference: Anshumann, Mohd Abbas Zaidi, Akhil Kedia, Jinwoo Ahn, Taehwak Kwon, Kangwook Lee, Haejun Lee and Joohyung
-  Lee, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", 2025, arXiv 2503.16870.
+  Reference: Anshumann Anshumann, Mohd Abbas Zaidi, Akhil Kedia, Jinwoo Ahn, Taehwak Kwon, Kangwook Lee, Haejun Lee and
+  Joohyung Lee, "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", 2025, arXiv 2503.16870.
   """
   check_same("shape", teacher_weights=jnp.shape(teacher_weights), teacher_indices=jnp.shape(teacher_indices))
   student, weights = as_examples(where, student_logits=student_logits, teacher_weights=teacher_weights)

@@ -20,12 +20,12 @@ Values = tuple[jax.Array, ...]
 
 
 class Inputs(NamedTuple):
-  """What values may be differentiated by; the first three are named by their side, such as "student"."""
+  """What values may be differentiated by, or of each whether it is; the first three are named by their side."""
 
-  hidden: Arrays  # [tokens, width]
-  heads: Arrays  # [rows, width]
-  biases: Arrays  # [rows]
-  hyper: Arrays  # [tokens]
+  hidden: Mapping[str, Any]  # [tokens, width]
+  heads: Mapping[str, Any]  # [rows, width]
+  biases: Mapping[str, Any]  # [rows]
+  hyper: Mapping[str, Any]  # [tokens]
 
 
 class Formula(NamedTuple):

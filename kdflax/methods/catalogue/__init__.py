@@ -5,10 +5,16 @@ entry under its name in the module of its kind, or a line in `TOOLS` if it is no
 its own gets one under the name of its function.
 """
 
-from kdflax.methods.catalogue import combined, features, logits, relations
+from kdflax.methods.catalogue import combined, features, language, logits, relations
 from kdflax.methods.catalogue.entry import Entry, paper
 
-CATALOGUE: dict[str, Entry] = logits.ENTRIES | features.ENTRIES | relations.ENTRIES | combined.ENTRIES
+CATALOGUE: dict[str, Entry] = {
+  **logits.ENTRIES,
+  **features.ENTRIES,
+  **relations.ENTRIES,
+  **combined.ENTRIES,
+  **language.ENTRIES,
+}
 
 SOURCES = {
   "r": "RepDistiller's scripts",
@@ -42,7 +48,9 @@ TOOLS = {
   "crd_memory": "makes the state of crd",
   "masked_mean": "reduces",
   "masked_sum": "reduces",
+  "normalize": "reduces what is on tokens",
   "ofd_margin": "makes an argument of ofd",
+  "shift_labels": "makes an argument of fused_cross_entropy",
   "standardized": "wraps a loss, as in the entry standardize_logits",
 }
 
