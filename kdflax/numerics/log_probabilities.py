@@ -101,15 +101,19 @@ def _divide_jvp(primals, tangents):
 _divide.defjvp(_divide_jvp, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_normalize(logits: jax.Array, axis_name: AxisName = None) -> jax.Array:
   """`log softmax(logits)`; the classes may be spread over the devices of `axis_name`."""
+  return _log_normalize(logits, axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _log_normalize(logits: jax.Array, axis_name: AxisName) -> jax.Array:
   return jnp.minimum(less(logits, *log_sum_exp(logits, axis_name)), 0)
 
 
-@log_normalize.defjvp
+@_log_normalize.defjvp
 def _log_normalize_jvp(axis_name, primals, tangents):
-  log_q, tangent = log_normalize(primals[0], axis_name), tangents[0]
+  log_q, tangent = _log_normalize(primals[0], axis_name), tangents[0]
   return log_q, tangent - all_sum(jnp.sum(jnp.exp(log_q) * tangent, axis=-1, keepdims=True), axis_name)
 
 
