@@ -36,7 +36,8 @@ Number = float | jax.Array
 # From the scores `[chunk, rows]` of each side, hyper-parameters and facts of a chunk: one value for each token.
 ChunkLoss = Callable[[Arrays, Arrays, Arrays], jax.Array]
 
-ENTRIES = 2**23  # logits of one side that are there at once if no chunk is given
+# Logits of one side that are there at once if no chunk is given. An accelerator needs long products to be busy.
+ENTRIES_ON_CPU, ENTRIES_ELSEWHERE = 2**23, 2**27
 
 DIVERGENCES: Mapping[str, Callable[[jax.Array, jax.Array, Arrays], jax.Array]] = {
   "forward_kl": lambda log_q, log_p, hyper: relative_entropy(log_p, log_q),
@@ -270,7 +271,7 @@ def values_of(
     return tuple(loss(scores, hyper, facts) for loss in losses.values())
 
   rows = max(len(head) for head in inputs.heads.values())
-  formula = Formula(of_tokens, ENTRIES // rows if chunk is None else int(chunk), axis_name)
+  formula = Formula(of_tokens, _default_chunk(rows) if chunk is None else int(chunk), axis_name)
   seeds = tuple(
     tuple(
       flat(jnp.where(facts[counts], jnp.asarray(weight, dtype), 0))
@@ -280,6 +281,12 @@ def values_of(
   )
   shares = head_values(formula, inputs, {name: flat(fact) for name, fact in facts.items()}, seeds)
   return [all_sum(values, axis_name).reshape(tokens) for values in shares]
+
+
+def _default_chunk(rows: int) -> int:
+  """A multiple of 8 tokens where there are as many, which is what the numerics take at once on a CPU."""
+  tokens = (ENTRIES_ON_CPU if jax.default_backend() == "cpu" else ENTRIES_ELSEWHERE) // rows
+  return max(1, tokens - tokens % 8 if tokens > 8 else tokens)
 
 
 def _capped(side: Side, logits: jax.Array, hyper: Arrays) -> jax.Array:
