@@ -1,6 +1,7 @@
 """Copies tables and pictures of finished runs into the documentation: `python -m docs.keep_results runs/distill ...`.
 
-They go to docs/<name of the run>/; the table of the run `distill` stands in README.md as well.
+They go to docs/<name of the run>/, where a dash is a folder: those of runs/glyphs-distill go to docs/glyphs/distill/.
+The table of the run `distill` stands in README.md as well.
 """
 
 import pathlib
@@ -19,8 +20,8 @@ def main(run: pathlib.Path) -> None:
   """
   if not (run / "results.md").is_file():
     raise ValueError(f"{run} has no results.md; finish the run first")
-  kept = ROOT / "docs" / run.name
-  kept.mkdir(exist_ok=True)
+  kept = ROOT.joinpath("docs", *run.name.split("-"))
+  kept.mkdir(parents=True, exist_ok=True)
   for file in [*run.glob("*.png"), *run.glob("*.md")]:
     shutil.copy(file, kept / file.name)
   if run.name == "distill":

@@ -8,6 +8,7 @@ of labels and an order of batches of its own, shared by the methods, so that dif
     python -m experiments.distill                     about a minute on two CPU cores; results in runs/distill
     python -m experiments.distill --smoke             ten seconds, for a look
     python -m experiments.distill --labels 50 100     other numbers of labelled images
+    python -m experiments.distill --dataset glyphs    characters of unseen fonts, in some minutes
     python -m experiments.distill --dataset mnist --path DIR --held-out 5000
 
 Killed at any moment, the same command continues it and ends with the same bits.
@@ -24,6 +25,7 @@ import optax
 
 from experiments import common, networks, phases, pictures
 from kdflax import data, losses, models, teachers, training
+from kdflax.data.glyphs import CHARACTERS
 from kdflax.objectives import Term
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -38,7 +40,22 @@ METHODS: dict[Method, tuple[str, ...]] = {
 }
 
 
-DATASETS = ("digits", "mnist", "cifar10", "cifar100")
+class Recipe(NamedTuple):
+  """What a data set asks for."""
+
+  labels: tuple[int, ...] = (1000, 100)
+  seeds: int = 8
+  student_hidden: tuple[int, ...] = (8,)
+  teacher_hidden: tuple[int, ...] = (256, 256)
+  student_steps: int = 1200
+  teacher_steps: int = 600
+
+
+RECIPES = {
+  "digits": Recipe(),
+  "glyphs": Recipe((620,), 3, (16,), (512, 512), 1500, 2000),
+  **dict.fromkeys(("mnist", "cifar10", "cifar100"), Recipe()),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,24 +77,25 @@ class Config:
   run: str = "runs/distill"
   """Run directory: made, or continued if it holds a run with the same settings."""
   dataset: str = "digits"
-  """Data set: digits, mnist, cifar10 or cifar100."""
+  """Data set: digits, glyphs, mnist, cifar10 or cifar100."""
   path: str = ""
   """Folder with the files of the data set, if it is read from files."""
   held_out: int = 0
   """Training images to keep for validation, if the data set is read from files."""
-  labels: tuple[int, ...] = (1000, 100)
-  """Numbers of labelled training images to try; all others are used without their labels."""
+  labels: tuple[int, ...] | None = None
+  """Numbers of labelled training images to try; all others are used without their labels. By default, as for the next
+  five that are None, those of the data set."""
   methods: tuple[Method, ...] = tuple(METHODS)
   """What the student learns from, beside the hard labels."""
-  seeds: int = 8
+  seeds: int | None = None
   """Paired repetitions, trained together by vmap."""
-  student_hidden: tuple[int, ...] = (8,)
+  student_hidden: tuple[int, ...] | None = None
   """Widths of the student's hidden layers."""
-  teacher_hidden: tuple[int, ...] = (256, 256)
+  teacher_hidden: tuple[int, ...] | None = None
   """Widths of the teacher's hidden layers."""
-  student_steps: int = 1200
+  student_steps: int | None = None
   """Updates of a student."""
-  teacher_steps: int = 600
+  teacher_steps: int | None = None
   """Updates of a teacher."""
   batch_size: int = 64
   """Labelled images in a batch, and as many images for the teacher's knowledge."""
@@ -114,7 +132,8 @@ class Config:
       steps = {"student_steps": 60, "teacher_steps": 60, "save_every": 30}
       run = "runs/distill-smoke" if self.run == Config.run else self.run
       config = dataclasses.replace(self, run=run, **small, **steps)
-    networks.check_dataset(config, DATASETS)
+    networks.check_dataset(config, tuple(RECIPES))
+    config = common.filled(config, RECIPES[config.dataset])
     if data.dataset(config.dataset).files and not config.held_out:
       raise ValueError(f"{config.dataset} needs a validation split: set held_out, for instance to 5000")
     counts = ("seeds", "student_steps", "teacher_steps", "batch_size", "save_every")
@@ -141,17 +160,17 @@ class Config:
 
 def main(config: Config) -> None:
   """Runs the experiment, or what is left of it."""
-  config = config.checked()
-  splits = networks.read(config)
+  checked: Any = config.checked()
+  splits = networks.read_one_task(checked)
   images = data.num_examples(splits["train"])
-  if max(config.labels) > images:
-    raise ValueError(f"labels={max(config.labels)} is more than the training images: {images}")
-  data.with_label_budget(splits["train"], min(config.labels), seed=0)  # refuses fewer labels than classes
-  with phases.session(config) as session:
+  if max(checked.labels) > images:
+    raise ValueError(f"labels={max(checked.labels)} is more than the training images: {images}")
+  data.with_label_budget(splits["train"], min(checked.labels), seed=0)  # refuses fewer labels than classes
+  with phases.session(checked) as session:
     teacher = train_teacher(session, splits)
     students = {
       (budget, method): train_student(session, splits, budget, method)
-      for budget, method in itertools.product(config.labels, config.methods)
+      for budget, method in itertools.product(checked.labels, checked.methods)
     }
     report(session, splits, teacher, students)
 
@@ -190,7 +209,7 @@ def train_teacher(session: phases.Session, splits: Any) -> Trained:
 def perceptron(config: Config, hidden: tuple[int, ...], dropout: float = 0.0) -> models.Model:
   """A network for the images of the data set and its classes; the task with the most, if there are several."""
   known = data.dataset(config.dataset)
-  classes = max(task.classes or 0 for task in known.tasks.values())
+  classes = known.tasks[networks.largest_task(config.dataset)].classes
   return networks.normalized(models.mlp(hidden, classes, dropout=dropout), known.normalisation)
 
 
@@ -225,7 +244,7 @@ def student_feed(session: phases.Session, images: Any, budget: int) -> phases.Fe
   return phases.Feed(itertools.repeat(phases.on_device(arrays)), sample, axes)
 
 
-def objective(config: Config, method: Method) -> tuple[dict[str, models.Model], dict[str, Term]]:
+def objective(config: Any, method: Method) -> tuple[dict[str, models.Model], dict[str, Term]]:
   """Returns the models and Terms of a method."""
   pair = {"student": "student.embedding", "teacher": "teacher.embedding"}
   terms = {
@@ -288,10 +307,15 @@ def report(session: phases.Session, splits: Any, teacher: Trained, students: dic
   print(common.write_table(session.directory, "results", title, rows, results))
   pictures.learning_curves(session.directory, "validation/accuracy", "baseline")
   pictures.accuracy_by_method(session.directory, results)
-  pictures.confused_digits(session.directory, splits["test"], softmax_of_seed(splits["test"], teacher, students))
+  softmax = softmax_of_seed(splits["test"], teacher, students)
+  if config.dataset == "glyphs":
+    best = max((r for r in results if r["labels"] == min(config.labels)), key=lambda r: np.mean(r["accuracy"]))
+    pictures.set_right(session.directory, splits["test"], softmax, best["method"], CHARACTERS)
+  else:
+    pictures.confused_digits(session.directory, splits["test"], softmax)
 
 
-def result(config: Config, method: str, labels: int, trained: Trained, baseline: Trained | None) -> dict[str, Any]:
+def result(config: Any, method: str, labels: int, trained: Trained, baseline: Trained | None) -> dict[str, Any]:
   """One line of the results, with a number for each seed."""
   paired = (
     None if baseline is None or baseline is trained else np.subtract(trained.accuracy, baseline.accuracy).tolist()

@@ -2,12 +2,17 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from kdflax import data, models
+
+# Of how a data set is read: large families would outweigh all others, and two cores would be busy for an hour.
+SETTINGS: dict[str, dict[str, Any]] = {"glyphs": {"faces_per_family": 4}}
 
 
 def network(name: str, num_classes: int | None, normalisation: data.Normalisation | None = None) -> models.Model:
@@ -63,8 +68,51 @@ def read(config: Any) -> dict[str, data.Arrays]:
   Args:
     config: with `dataset`, `path` and `held_out`: the training examples to keep for validation.
   """
-  settings = {"path": config.path} if config.path else {}
+  settings = {"path": config.path} if config.path else dict(SETTINGS.get(config.dataset, {}))
   return data.load(config.dataset, **settings | ({"validation": config.held_out} if config.held_out else {}))
+
+
+def largest_task(name: str) -> str:
+  """The task of a data set with the most classes, by its name."""
+  tasks = data.dataset(name).tasks
+  return max(tasks, key=lambda task: tasks[task].classes or 0)
+
+
+def read_one_task(config: Any) -> dict[str, data.Arrays]:
+  """Reads the splits that a config names, with the labels of their largest task under `label`.
+
+  Args:
+    config: as `read` takes it.
+  """
+  name = largest_task(config.dataset)
+  tasks = {name: data.dataset(config.dataset).tasks[name]}
+  splits = {split: data.by_task(arrays, tasks) for split, arrays in read(config).items()}
+  return {split: arrays | {"label": arrays["label"][name]} for split, arrays in splits.items()}
+
+
+def few_glyphs(tasks: Mapping[str, data.Task], labels: int, seed: int) -> dict[str, data.Arrays]:
+  """Reads the splits of the glyphs by task, normalised, with as many training images as there are labels.
+
+  Args:
+    tasks: of the data set; the labels of a regression are standardised by those of the training images.
+    labels: training images, equally many of each character.
+    seed: of their choice.
+  """
+  splits = {split: data.by_task(arrays, tasks) for split, arrays in data.load("glyphs", **SETTINGS["glyphs"]).items()}
+  chosen = data.with_label_budget(splits["train"], labels, seed=seed, task="character")["labelled"]
+  splits["train"] = data.gather(splits["train"], np.flatnonzero(chosen))
+  training = splits["train"]["label"]
+  regressions = [task for task in tasks if tasks[task].classes is None]
+  scales = {task: (training[task].mean(), training[task].std()) for task in regressions}
+  normalisation = data.dataset("glyphs").normalisation
+  return {
+    split: arrays
+    | {
+      "image": np.asarray(data.normalize(jnp.asarray(arrays["image"]), normalisation)),
+      "label": arrays["label"] | {task: (arrays["label"][task] - mean) / std for task, (mean, std) in scales.items()},
+    }
+    for split, arrays in splits.items()
+  }
 
 
 def check_dataset(config: Any, known: Sequence[str]) -> None:

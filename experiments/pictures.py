@@ -118,6 +118,39 @@ def confused_digits(directory: pathlib.Path, split: Mapping[str, Any], softmax: 
   plt.close(figure)
 
 
+def set_right(
+  directory: pathlib.Path, split: Mapping[str, Any], softmax: Mapping[str, np.ndarray], student: str, names: str
+) -> None:
+  """Draws images that a student reads rightly and surely while the baseline takes them for something else.
+
+  Those on which both are surest, no two of one class; `set_right.png`.
+
+  Args:
+    directory: of the picture.
+    split: with `image` and `label`.
+    softmax: probabilities `[images, classes]` by method.
+    student: the method beside the baseline.
+    names: of the classes, a character for each.
+  """
+  labels, rows = np.asarray(split["label"]), np.arange(len(split["label"]))
+  wrong = softmax["baseline"].argmax(-1)
+  sure = softmax[student][rows, labels] * softmax["baseline"].max(-1)
+  sure[(wrong == labels) | (softmax[student].argmax(-1) != labels)] = 0
+  surest_first = rows[np.argsort(-sure, kind="stable")][: np.count_nonzero(sure)]
+  _, first = np.unique(labels[surest_first], return_index=True)
+  chosen = surest_first[np.sort(first)[:32]]
+  figure, panels = plt.subplots(4, 8, figsize=(12, 7))
+  for panel in panels.flat:
+    panel.set_axis_off()
+  for panel, image in zip(panels.flat, chosen, strict=False):
+    panel.imshow(split["image"][image, ..., 0], cmap="gray_r")
+    panel.set_title(f"{names[labels[image]]}, not {names[wrong[image]]}")
+  figure.suptitle(f'Characters of unseen fonts that the student of "{student}" reads and the baseline mistakes')
+  figure.tight_layout()
+  save_figure(figure, directory / "set_right.png")
+  plt.close(figure)
+
+
 def task_trade_off(path: pathlib.Path, points: Mapping[str, Mapping[str, float]], named: Sequence[str]) -> None:
   """Draws methods as points, a panel for each pair of tasks (higher is better), and the Pareto front among them.
 

@@ -19,7 +19,7 @@ _SPLITS = ("train", "validation", "test")
 _FACTS = {"italic": np.int32, "fixed_pitch": np.int32, "weight": np.float32, "width": np.float32, "family": np.int32}
 
 
-def glyphs(*, file: str | pathlib.Path = FILE) -> dict[str, Arrays]:
+def glyphs(*, faces_per_family: int | None = None, file: str | pathlib.Path = FILE) -> dict[str, Arrays]:
   """Return images of 62 characters in the faces of free fonts, with what the fonts' own tables say of each face.
 
   Faces are split by family, once and for all: a quarter of the families is for the test and a tenth for validation.
@@ -31,6 +31,7 @@ def glyphs(*, file: str | pathlib.Path = FILE) -> dict[str, Arrays]:
   `glyphs-licences.md` beside the file names them all, and scripts/make_glyphs.py makes the file from Debian's packages.
 
   Args:
+    faces_per_family: of a family with more faces, only so many, evenly chosen; then families weigh nearly alike.
     file: another file of the same form.
 
   Returns:
@@ -43,12 +44,14 @@ def glyphs(*, file: str | pathlib.Path = FILE) -> dict[str, Arrays]:
     - `family`: int32, the number of the family, and `index`: int32, the position in the whole set.
 
   Raises:
-    ValueError: the file is damaged.
+    ValueError: the file is damaged, or `faces_per_family` is below 1.
 
   Examples:
     >>> {name: len(split["index"]) for name, split in glyphs().items()}
     {'train': 49910, 'validation': 12338, 'test': 17794}
   """
+  if faces_per_family is not None and faces_per_family < 1:
+    raise ValueError(f"faces_per_family={faces_per_family} must be at least 1, or None for all faces")
   try:
     content = lzma.decompress(pathlib.Path(file).read_bytes(), format=lzma.FORMAT_XZ)
   except lzma.LZMAError as error:
@@ -65,8 +68,20 @@ def glyphs(*, file: str | pathlib.Path = FILE) -> dict[str, Arrays]:
     **{name: np.repeat(np.asarray(columns[name], dtype), characters) for name, dtype in _FACTS.items()},
     "index": np.arange(faces * characters, dtype=np.int32),
   }
-  split = np.repeat(np.asarray(columns["split"]), characters)
+  kept = _evenly(np.asarray(columns["family"]), faces_per_family)
+  split = np.repeat(np.where(kept, columns["split"], -1), characters)
   splits = {name: {key: x[split == number] for key, x in every.items()} for number, name in enumerate(_SPLITS)}
   for arrays in splits.values():
     check(arrays)
   return splits
+
+
+def _evenly(families: np.ndarray, most: int | None) -> np.ndarray:
+  """Whether each face is one of the at most so many of its family, at equal distances in the order of its faces."""
+  kept = np.ones(len(families), bool)
+  for family in np.unique(families) if most else ():
+    rows = np.flatnonzero(families == family)
+    if len(rows) > most:
+      kept[rows] = False
+      kept[rows[np.arange(most) * len(rows) // most]] = True
+  return kept

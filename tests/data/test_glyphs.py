@@ -56,6 +56,17 @@ def test_families_are_split_and_none_twice(splits):
   assert np.array_equal(np.sort(positions), np.arange(len(positions)))
 
 
+def test_large_families_can_be_thinned_evenly(splits):
+  few = glyphs(faces_per_family=4)
+  for name, arrays in few.items():
+    before, after = (np.bincount(part["family"], minlength=200) // 62 for part in (splits[name], arrays))
+    np.testing.assert_array_equal(after, np.minimum(before, 4))
+    rows = np.searchsorted(splits[name]["index"], arrays["index"])
+    np.testing.assert_array_equal(splits[name]["image"][rows], arrays["image"])
+  with pytest.raises(ValueError, match="faces_per_family=0 must be at least 1, or None"):
+    glyphs(faces_per_family=0)
+
+
 def test_no_design_is_in_two_splits(splits):
   """The nearest test face of another family differs by more than the script calls one design."""
   faces = {name: arrays["image"].reshape(-1, 62 * 400).astype(np.float32) / 17 for name, arrays in splits.items()}

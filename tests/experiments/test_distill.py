@@ -114,7 +114,7 @@ def _command_line(monkeypatch, *arguments):
     (["--teacher-hidden"], ["teacher_hidden must name a width or more"]),
     (
       ["--dataset", "wine"],
-      ["dataset='wine' is not for this experiment, which takes digits, mnist, cifar10, cifar100"],
+      ["dataset='wine' is not for this experiment, which takes digits, glyphs, mnist, cifar10, cifar100"],
     ),
     (["--dataset", "mnist", "--path", "there"], ["mnist needs a validation split: set held_out"]),
     (["--held-out", "9"], ["held_out=9 is for mnist, cifar10, cifar100; digits has a validation split of its own"]),
@@ -146,6 +146,23 @@ def test_images_of_bytes_are_normalised_by_their_own_data_set(tmp_path):
   files = {"dataset": "mnist", "path": str(tmp_path), "held_out": 20}
   distill.main(distill.Config(run=str(tmp_path / "run"), **files, **TINY))
   assert "| all |" in (tmp_path / "run" / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_glyphs_are_learned_by_their_characters(tmp_path):
+  tiny = TINY | {"labels": (62,)}
+  distill.main(distill.Config(run=str(tmp_path / "run"), dataset="glyphs", **tiny))
+  assert "Students on glyphs" in (tmp_path / "run" / "results.md").read_text()
+  assert (tmp_path / "run" / "set_right.png").stat().st_size > 0
+  settings = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert settings["dataset"] == "glyphs" and settings["labels"] == [62]
+
+
+def test_what_is_not_said_is_that_of_the_data_set():
+  config = distill.Config(dataset="glyphs", seeds=2).checked()
+  recipe = distill.RECIPES["glyphs"]
+  assert (config.labels, config.student_hidden, config.seeds) == (recipe.labels, recipe.student_hidden, 2)
+  assert distill.Config().checked().labels == distill.RECIPES["digits"].labels
 
 
 def test_a_run_directory_that_is_a_file_or_foreign_is_left_alone(tmp_path, monkeypatch, capsys):

@@ -52,7 +52,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(monkeypatch, whole_an
   ("changes", "message"),
   [
     ({"balancers": ("UPGrad", "upgrade")}, r"\['upgrade'\]; there are random weights, .*Nash-MTL"),
-    ({"problems": ("iris",)}, r"\['iris'\]; there are overlaid_digits, diabetes"),
+    ({"problems": ("iris",)}, r"\['iris'\]; there are overlaid_digits, diabetes, glyphs"),
     ({"diabetes": dataclasses.replace(SMALL, weights={"sugar": 2.0})}, r"losses are for .*weights for .*sugar"),
     ({"diabetes": dataclasses.replace(SMALL, steps=15)}, "steps must be a positive multiple of 10; got 15"),
     ({"diabetes": dataclasses.replace(SMALL, l2=(0.0,))}, "strengths of couplings must be positive"),
@@ -61,7 +61,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(monkeypatch, whole_an
       {"diabetes": dataclasses.replace(SMALL, hidden=(8, 0))},
       r"diabetes: hidden must be widths of at least 1; got \(8, 0",
     ),
-    ({"problems": ()}, "problems must name one or more of overlaid_digits, diabetes; got none"),
+    ({"problems": ()}, "problems must name one or more of overlaid_digits, diabetes, glyphs; got none"),
     ({"seeds": 0}, "seeds"),
   ],
 )
@@ -123,3 +123,12 @@ def test_verdicts_need_an_interval_without_zero():
   text = "\n".join(joint_report.verdicts([*results, line("unclear", [-1, 1, 0.5])]))
   assert "**a**: worse than an independent network with bad; better with good." in text
   assert "**overall**: sharing hurts with bad." in text
+
+
+def test_seeds_of_glyphs_differ_in_their_training_images_alone():
+  first, second = (joint.splits_of("glyphs", seed) for seed in (0, 1))
+  for splits in (first, second):
+    assert np.bincount(splits["train"]["label"]["character"]).tolist() == [10] * 62
+    assert abs(splits["train"]["label"]["weight"].mean()) < 1e-5 and abs(splits["train"]["image"].mean()) < 0.2
+  assert set(first["train"]["index"].tolist()) != set(second["train"]["index"].tolist())
+  np.testing.assert_array_equal(first["test"]["image"], second["test"]["image"])

@@ -61,3 +61,17 @@ def test_the_names_of_a_ranking_do_not_overlap(tmp_path, drawn):
   boxes = sorted((Text.get_window_extent(text) for text in drawn[0].axes[1].texts), key=lambda box: box.y0)
   assert len(boxes) == 10  # of twelve
   assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
+
+
+def test_what_a_student_sets_right_is_shown_once_for_each_class(tmp_path, drawn):
+  labels = np.array([0, 0, 1, 1, 2])
+  confident = lambda classes, sure: np.where(np.eye(3)[classes] == 1, sure[:, None], (1 - sure[:, None]) / 2)
+  softmax = {
+    "baseline": confident([1, 2, 1, 0, 0], np.array([0.9, 0.8, 0.9, 0.6, 0.9])),
+    "all": confident([0, 0, 1, 1, 1], np.array([0.6, 0.9, 0.9, 0.9, 0.9])),
+  }
+  split = {"image": np.zeros((5, 4, 4, 1), np.uint8), "label": labels}
+  pictures.set_right(tmp_path, split, softmax, "all", "xyz")
+  titles = [panel.get_title() for panel in drawn[0].axes if panel.get_title()]
+  # The second of x is surest on both sides, the first y was right before, and z stays wrong.
+  assert titles == ["x, not z", "y, not x"]
