@@ -79,7 +79,9 @@ def glyphs(*, faces_per_family: int | None = None, file: str | pathlib.Path = FI
 def _evenly(families: np.ndarray, most: int | None) -> np.ndarray:
   """Whether each face is one of the at most so many of its family, at equal distances in the order of its faces."""
   kept = np.ones(len(families), bool)
-  for family in np.unique(families) if most else ():
+  if most is None:
+    return kept
+  for family in np.unique(families):
     rows = np.flatnonzero(families == family)
     if len(rows) > most:
       kept[rows] = False
