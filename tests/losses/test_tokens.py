@@ -1,5 +1,7 @@
 """Labels beside their predictions, and one number from values on tokens."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,3 +61,18 @@ def test_mistakes_are_named():
     losses.shift_labels(VALUES)
   with pytest.raises(ValueError, match=r"same shape; got labels \(4,\), segments \(3,\)"):
     losses.shift_labels(np.arange(4), segments=np.arange(3))
+
+
+def test_the_program_of_the_language_page_runs():
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "language.md").read_text()
+  names = {}
+  exec(page.split("```python\n")[1].split("```")[0], names)
+  soft = losses.jensen_shannon(
+    *(side["hidden"] @ side["head"].T for side in (names["student"], names["teacher"])),
+    temperature=2.0,
+    where=names["where"],
+  )
+  hard = losses.fused_cross_entropy(*names["student"].values(), names["labels"], where=names["where"])
+  plain = 0.9 * losses.masked_mean(soft, names["where"]) + 0.1 * losses.masked_mean(hard, names["where"])
+  np.testing.assert_allclose(names["value"], plain, rtol=1e-4)
+  assert all(np.isfinite(gradient).all() and gradient.any() for gradient in names["gradients"].values())
