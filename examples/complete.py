@@ -14,9 +14,8 @@ from kdflax import data, export, models, training
 from kdflax.objectives import Term
 
 
-def main(directory="runs/complete", steps=1000, stop=None):
-  splits = data.load("digits")
-  student = models.mlp((32,))
+def main(directory="runs/complete", *, steps=1000, stop=None):
+  splits, student = data.load("digits"), models.mlp((32,))
   inputs = {"logits": "student.logits", "labels": "batch.label"}
   hard = Term(optax.softmax_cross_entropy_with_integer_labels, inputs)
   learner = training.make_learner({"student": student}, {"hard": hard}, optax.adam(3e-3))
@@ -42,6 +41,7 @@ def main(directory="runs/complete", steps=1000, stop=None):
       stop=stop,
     )
     best = checkpoints.restore({"state": state}, step="best")
+    assert best is not None  # fit has saved the last state at least
   best_state, folder = best.arrays["state"], run.path / "student"
   found = score(best_state, "test")["accuracy"]
   export.export_model(folder, student, variables(best_state)["student"], {"image": splits["test"]["image"]})
