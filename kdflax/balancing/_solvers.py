@@ -138,8 +138,8 @@ def _cone_projection(cosines: jax.Array, task: jax.Array, linear: jax.Array, mar
   """
   size = linear.shape[0]
   table = jnp.concatenate([cosines, (linear - margin)[:, None]], axis=1)
-  nothing = jnp.zeros(size, bool)
-  state = _run(table, nothing, jnp.zeros_like(linear), nothing, 4 * size + 8)
+  empty = jnp.zeros(size, bool)
+  state = _run(table, empty, jnp.zeros_like(linear), empty, 4 * size + 8)
   refined = _refine(state, cosines, linear - margin, state.x)
   z = jnp.stack([jnp.where(state.inside, jnp.maximum(refined, 0), 0), state.x])
   # With near-dependent rows in the working set the refinement may lose more than it gains; keep the better of the two.

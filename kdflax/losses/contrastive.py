@@ -18,7 +18,7 @@ from kdflax.numerics.examples import (
   positions,
 )
 from kdflax.numerics.products import inner_products
-from kdflax.numerics.safe import l2_normalize, not_before
+from kdflax.numerics.safe import l2_normalize, log_one_plus_sum_exp, not_before
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _EPSILON = 1e-7  # of the original implementation, added to the denominators
@@ -285,9 +285,6 @@ def info_nce(
   counts = jnp.ones(student.shape[:1], bool) if where is None else jnp.asarray(where)
   candidates = all_rows(counts, axis_name)
   is_own = positions(len(student), axis_name)[:, None] == jnp.arange(candidates.size)
-  # log(1 + sum of the others over the own): where the own is by far the largest, all digits are in that sum.
-  further = logits - jnp.where(is_own, logits, 0).sum(axis=-1, keepdims=True)
-  further = jnp.where(candidates & ~is_own, further, -jnp.inf)
-  largest = jax.lax.stop_gradient(further.max(axis=-1, keepdims=True, initial=0))
-  others = jnp.exp(further - largest).sum(axis=-1)
-  return mask(largest[:, 0] + jnp.log1p(jnp.expm1(-largest[:, 0]) + others), where)
+  own = jnp.where(is_own, logits, 0).sum(axis=-1, keepdims=True)
+  others = jnp.where(candidates & ~is_own, logits - own, -jnp.inf)
+  return mask(log_one_plus_sum_exp(others), where)  # -log softmax of the own

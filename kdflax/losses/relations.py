@@ -15,7 +15,7 @@ from kdflax.numerics.angles import Sides, angle_sums
 from kdflax.numerics.distances import anywhere, squared_distances, sums_of_squared_differences
 from kdflax.numerics.examples import AxisName, all_sum, check_range, hyper_parameters, mask
 from kdflax.numerics.products import inner_products
-from kdflax.numerics.safe import huber, l2_normalize, log1p_remainder, safe_divide, safe_sqrt
+from kdflax.numerics.safe import divergence_terms, huber, l2_normalize, safe_divide, safe_sqrt
 
 
 def similarity_preserving(
@@ -96,32 +96,9 @@ def pkt(
   """
   of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
   (epsilon,) = hyper_parameters((), None, of_student.local.dtype, epsilon=epsilon)
-
-  def similarities(side: Side) -> tuple[jax.Array, jax.Array]:
-    """k, and `1 - k` from distances of unit vectors: a common offset, which takes all k close to 1, costs no digits."""
-    nonzero = side.map(lambda features: features.any(axis=-1))
-    known = pairs.valid & nonzero.local[:, None] & nonzero.everyone
-    units = side.map(l2_normalize)
-    apart = _squared_distances(units, pairs, axis_name) / 4
-    opposed = known & (apart > 1 - 1 / 256)  # where k is the quarter of the squared length of a sum of unit vectors
-    of_sums = lambda: sums_of_squared_differences(units.local, -units.everyone, apart) / 4
-    alike = jax.lax.cond(anywhere(opposed), lambda: jnp.where(opposed, of_sums(), 1 - apart), lambda: 1 - apart)
-    unknown = jnp.where(pairs.valid, 0.5, 0)
-    return jnp.where(known, alike, unknown), jnp.where(known, apart, unknown)
-
-  (student_k, student_rest), (teacher_k, teacher_rest) = similarities(of_student), similarities(of_teacher)
-  student_total, teacher_total = (
-    jnp.maximum(pairs.counted, 1) - rest.sum(axis=-1, keepdims=True) for rest in (student_rest, teacher_rest)
-  )
-  p = teacher_k / teacher_total
-  # Of k and 1 - k the smaller has the digits of the difference.
-  further = jnp.where((student_k < 0.5) & (teacher_k < 0.5), teacher_k - student_k, student_rest - teacher_rest)
-  gained = (p * further.sum(axis=-1, keepdims=True) - further) / student_total  # q - p, of which both are nearly equal
-  # With w = (q + e) / (p + e) - 1 the logarithm is -log(1 + w), and p (w - log(1 + w)) - p w = p (w - log(1 + w)) + e w
-  # + (p - q). As sum_j (p - q) = 0, the sum keeps its digits without that term, which is larger than the result where
-  # student and teacher are close.
-  change = gained / (p + epsilon)
-  return pairs.mean_over_batch(p * log1p_remainder(change) + epsilon * change)
+  similarities = (_half_cosines(side, pairs, axis_name) for side in (of_student, of_teacher))
+  p, q_minus_p = _shares(*similarities, jnp.maximum(pairs.counted, 1))
+  return pairs.mean_over_batch(divergence_terms(p, q_minus_p, epsilon))
 
 
 def correlation_congruence(
@@ -228,6 +205,34 @@ def rkd_distance(
     return safe_divide(distance, mean)
 
   return pairs.mean_over_batch(huber(relative(of_student) - relative(of_teacher)))
+
+
+def _half_cosines(side: Side, pairs: Pairs, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:
+  """`k = (cos + 1) / 2` and `1 - k`, `[b, B]`; 1/2 both with a zero row.
+
+  `1 - k` comes from distances of unit vectors: a common offset, which takes all k close to 1, costs no digits.
+  """
+  nonzero = side.map(lambda features: features.any(axis=-1))
+  known = pairs.valid & nonzero.local[:, None] & nonzero.everyone
+  units = side.map(l2_normalize)
+  apart = _squared_distances(units, pairs, axis_name) / 4
+  opposed = known & (apart > 1 - 1 / 256)  # where k is the quarter of the squared length of a sum of unit vectors
+  of_sums = lambda: sums_of_squared_differences(units.local, -units.everyone, apart) / 4
+  alike = jax.lax.cond(anywhere(opposed), lambda: jnp.where(opposed, of_sums(), 1 - apart), lambda: 1 - apart)
+  unknown = jnp.where(pairs.valid, 0.5, 0)
+  return jnp.where(known, alike, unknown), jnp.where(known, apart, unknown)
+
+
+def _shares(
+  student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array], counted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """`p = k_t / sum k_t`, and `q - p` with its digits for `q = k_s / sum k_s`, from (k, 1 - k) of both."""
+  (student_k, student_rest), (teacher_k, teacher_rest) = student, teacher
+  total = lambda rest: counted - rest.sum(axis=-1, keepdims=True)
+  p = teacher_k / total(teacher_rest)
+  # Of k and 1 - k the smaller has the digits of the difference.
+  less_alike = jnp.where((student_k < 0.5) & (teacher_k < 0.5), teacher_k - student_k, student_rest - teacher_rest)
+  return p, (p * less_alike.sum(axis=-1, keepdims=True) - less_alike) / total(student_rest)
 
 
 def _squared_distances(side: Side, pairs: Pairs, axis_name: AxisName) -> jax.Array:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from kdflax.numerics.examples import as_examples, check_classes, check_same, hyper_parameters, mask
 from kdflax.numerics.log_probabilities import (
   half_difference,
-  less,
   log_softmax,
   log_sum_exp,
   mixture_divergence,
@@ -18,6 +17,7 @@ from kdflax.numerics.log_probabilities import (
   relative_entropy,
   soften,
   softmax,
+  subtract_log_sum,
 )
 
 
@@ -313,16 +313,16 @@ def _outcomes(
 
 def _log_sum(log_x: jax.Array) -> jax.Array:
   """`log sum exp`, `[..., 1]`; -inf, without a gradient, of nothing."""
-  nothing = (log_x == -jnp.inf).all(axis=-1, keepdims=True)
-  largest, log_sum = log_sum_exp(jnp.where(nothing, 0, log_x))
-  return jnp.where(nothing, -jnp.inf, largest + log_sum)
+  empty = (log_x == -jnp.inf).all(axis=-1, keepdims=True)
+  largest, log_sum = log_sum_exp(jnp.where(empty, 0, log_x))
+  return jnp.where(empty, -jnp.inf, largest + log_sum)
 
 
 def _renormalize(log_x: jax.Array) -> jax.Array:
   """Log-probabilities that sum to 1; where all are impossible they stay so."""
   impossible = log_x == -jnp.inf
-  nothing = impossible.all(axis=-1, keepdims=True)
-  return jnp.where(impossible, -jnp.inf, less(log_x, *log_sum_exp(jnp.where(nothing, 0, log_x))))
+  empty = impossible.all(axis=-1, keepdims=True)
+  return jnp.where(impossible, -jnp.inf, subtract_log_sum(log_x, *log_sum_exp(jnp.where(empty, 0, log_x))))
 
 
 def _reverse(log_q: jax.Array, log_p: jax.Array, tail: bool) -> jax.Array:

@@ -68,8 +68,8 @@ def _moved_by_gram(chunk: int, models: tuple[Sides, Sides], tangents: dict[int, 
 
   def moved(rows):
     j, ones, moves = rows
-    window = lambda x: jax.lax.dynamic_slice_in_dim(x, j + 1, length)  # the examples k after j, around the end
-    others = [jax.tree.map(window, model) for model in twice]
+    after_j = lambda x: jax.lax.dynamic_slice_in_dim(x, j + 1, length)  # the examples k after j, around the end
+    others = [jax.tree.map(after_j, model) for model in twice]
     slope = jnp.clip(_cosines(ones[0], others[0]) - _cosines(ones[1], others[1]), -1, 1)
     by = {
       m: ones[m].inverse * jnp.matmul(move, slope * others[m].inverse, precision=jax.lax.Precision.HIGHEST)

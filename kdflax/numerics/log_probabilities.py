@@ -60,7 +60,7 @@ def _at_most(bound: float, x: jax.Array) -> jax.Array:
   return x - jax.lax.stop_gradient(jnp.maximum(x - bound, 0))
 
 
-def less(logits: jax.Array, largest: jax.Array, log_sum: jax.Array) -> jax.Array:
+def subtract_log_sum(logits: jax.Array, largest: jax.Array, log_sum: jax.Array) -> jax.Array:
   """`logits - largest - log_sum`, not taken as that: XLA would store the first difference."""
   total = largest + log_sum
   return logits - total - jax.lax.stop_gradient(log_sum - (total - largest))
@@ -108,7 +108,7 @@ def log_normalize(logits: jax.Array, axis_name: AxisName = None) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _log_normalize(logits: jax.Array, axis_name: AxisName) -> jax.Array:
-  return jnp.minimum(less(logits, *log_sum_exp(logits, axis_name)), 0)
+  return jnp.minimum(subtract_log_sum(logits, *log_sum_exp(logits, axis_name)), 0)
 
 
 @_log_normalize.defjvp

@@ -46,6 +46,23 @@ def _log1p_remainder_jvp(primals, tangents):
   return log1p_remainder(x), x / (1 + x) * dx
 
 
+def divergence_terms(p: jax.Array, q_minus_p: jax.Array, epsilon: jax.Array) -> jax.Array:
+  """Terms of `sum_j p_j log((p_j + e) / (q_j + e))` for p and q of one sum, with its digits where p and q are close.
+
+  With `w = (q + e) / (p + e) - 1` a term is `-p log(1 + w) = p (w - log(1 + w)) + e w + (p - q)`. The last part is left
+  out: it is larger than the result where p and q are close, and over j it sums to 0.
+  """
+  change = q_minus_p / (p + epsilon)
+  return p * log1p_remainder(change) + epsilon * change
+
+
+def log_one_plus_sum_exp(x: jax.Array) -> jax.Array:
+  """`log(1 + sum_j exp(x_j))` over the last axis; where every x is far below 0, all digits are in the sum."""
+  largest = jax.lax.stop_gradient(x.max(axis=-1, initial=0))
+  others = jnp.exp(x - largest[..., None]).sum(axis=-1)
+  return largest + jnp.log1p(jnp.expm1(-largest) + others)
+
+
 @jax.custom_jvp
 def exp_remainder(x: jax.Array) -> jax.Array:
   """`e^x - 1 - x` for |x| <= 1 by its series: about x^2 / 2 near 0, where the difference would lose all digits."""

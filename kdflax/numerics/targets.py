@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kdflax.numerics.examples import check_same, mask
-from kdflax.numerics.log_probabilities import less, log_sum_exp
+from kdflax.numerics.log_probabilities import log_sum_exp, subtract_log_sum
 
 
 def is_target(labels: jax.Array, logits: jax.Array, where: jax.Array | None) -> jax.Array:
@@ -35,7 +35,8 @@ def _among(logits: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array, 
   # Without any class the sum below is 0, whose logarithm has no derivative: it is taken of zeros instead.
   none = hidden.all(axis=-1, keepdims=True)
   largest, log_sum = log_sum_exp(jnp.where(none, 0, jnp.where(hidden, -jnp.inf, logits)))
-  return jnp.where(hidden, -jnp.inf, less(jnp.where(hidden, 0, logits), largest, log_sum)), largest, log_sum, none
+  log_probs = jnp.where(hidden, -jnp.inf, subtract_log_sum(jnp.where(hidden, 0, logits), largest, log_sum))
+  return log_probs, largest, log_sum, none
 
 
 def cross_entropy(weights: jax.Array, log_q: jax.Array, absent: jax.Array) -> jax.Array:
