@@ -10,7 +10,7 @@ QUICK = tests/test_layering.py tests/test_style.py tests/test_packaging.py tests
   scales and not float64 and not bfloat16 and not hyper and not another_process"
 
 .DEFAULT_GOAL := help
-.PHONY: help distill test quick lint docs bench clean
+.PHONY: help distill test slow quick lint docs bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
@@ -19,9 +19,13 @@ distill: .venv/installed  ## the main job: teacher, students and their table on 
 	@echo "== distilling on scikit-learn's digits; results go to runs/distill (about a minute)"
 	$(RUN) -m experiments.distill
 
-test: .venv/installed  ## all tests, and which twenty took longest
-	@echo "== running the tests"
-	$(RUN) -m pytest --durations=20
+test: .venv/installed  ## the tests, and which twenty took longest
+	@echo "== running the tests but for whole runs of scripts, which make slow has (about ten minutes on two cores)"
+	$(RUN) -m pytest -m "not slow" --durations=20
+
+slow: .venv/installed  ## whole runs of scripts, killed and resumed, and a soak: about six minutes
+	@echo "== running the slow tests"
+	$(RUN) -m pytest -m slow --durations=20
 
 quick: .venv/installed  ## the two-minute subset of the tests
 	@echo "== running the two-minute subset of the tests"

@@ -96,8 +96,8 @@ def pkt(
   """
   of_student, of_teacher, pairs = compare(student, teacher, where, axis_name)
   (epsilon,) = hyper_parameters((), None, of_student.local.dtype, epsilon=epsilon)
-  similarities = (_half_cosines(side, pairs, axis_name) for side in (of_student, of_teacher))
-  p, q_minus_p = _shares(*similarities, jnp.maximum(pairs.counted, 1))
+  similarities = functools.partial(_half_cosines, pairs=pairs, axis_name=axis_name)
+  p, q_minus_p = _shares(similarities(of_student), similarities(of_teacher), jnp.maximum(pairs.counted, 1))
   return pairs.mean_over_batch(divergence_terms(p, q_minus_p, epsilon))
 
 
