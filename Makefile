@@ -10,7 +10,7 @@ QUICK = tests/test_layering.py tests/test_style.py tests/test_packaging.py tests
   scales and not float64 and not bfloat16 and not hyper and not another_process"
 
 .DEFAULT_GOAL := help
-.PHONY: help distill test slow quick lint docs bench clean
+.PHONY: help distill test slow quick peers lint docs bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
@@ -30,6 +30,12 @@ slow: .venv/installed  ## whole runs of scripts, killed and resumed, and a soak:
 quick: .venv/installed  ## the two-minute subset of the tests
 	@echo "== running the two-minute subset of the tests"
 	$(RUN) -m pytest -m "not slow" $(QUICK)
+
+peers: .venv/installed  ## beside torch, transformers and others, in an environment of their own (.venv/peers)
+	@echo "== comparing with what other projects compute: installs them first (a few minutes)"
+	$(RUN) -m venv .venv/peers
+	.venv/peers/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt --editable ".[dev,peers]"
+	.venv/peers/bin/python -m pytest tests/peers
 
 lint: .venv/installed  ## formatting, lint, types, and that all that is public has a type
 	$(RUN) -m ruff check .
