@@ -14,6 +14,7 @@ from kdflax.models.convnet import convnet
 from kdflax.models.deep_connectors import paraphraser, reused_head, review_fusion, translator
 from kdflax.models.equinox_adapter import from_equinox
 from kdflax.models.experts import cgc, dselect_k, mmoe, ple
+from kdflax.models.importing import Rule, import_variables
 from kdflax.models.low_rank import multi_task_low_rank, orthogonal_matrix
 from kdflax.models.mlp import mlp
 from kdflax.models.resnet import RESNETS, resnet
@@ -22,6 +23,7 @@ from kdflax.models.sharing import cross_stitch, feature_sharing, hard_sharing, m
 __all__ = [
   "RESNETS",
   "Model",
+  "Rule",
   "cgc",
   "compose",
   "conv_connector",
@@ -36,6 +38,7 @@ __all__ = [
   "from_linen",
   "from_nnx",
   "hard_sharing",
+  "import_variables",
   "linear_connector",
   "mlp",
   "mmoe",
