@@ -91,6 +91,20 @@ def array_of(stored: Mapping[str, Any]) -> np.ndarray:
   return np.frombuffer(stored["data"], dtype).reshape(stored["shape"])
 
 
+def map_arrays(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of a safetensors file by name, left on disk and read where they are used.
+
+  Raises:
+    ValueError: if the file is none, or is cut short.
+  """
+  content = np.memmap(path, np.uint8, "r")
+  start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+  header = json.loads(content[8:start].tobytes())
+  header.pop("__metadata__", None)
+  cut = lambda begin, end: content[start + begin : start + end]
+  return {name: array_of({**stored, "data": cut(*stored["data_offsets"])}) for name, stored in header.items()}
+
+
 def save_variables(path: str | pathlib.Path, variables: tuple[PyTree, PyTree]) -> str:
   """Write the params and the state of a model to a safetensors file, whole or not at all.
 

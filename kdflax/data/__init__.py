@@ -1,7 +1,7 @@
 """Data sets as plain dicts of arrays, and batches whose position can be saved and restored."""
 
 from kdflax.data.arrays import Arrays, check, gather, num_examples, stratified_split, with_label_budget
-from kdflax.data.augment import random_flip, random_shift
+from kdflax.data.augment import random_flip, random_shift, random_view, views
 from kdflax.data.batches import (
   DeviceBatches,
   GrainBatches,
@@ -46,8 +46,10 @@ __all__ = [
   "parquet",
   "random_flip",
   "random_shift",
+  "random_view",
   "sample",
   "stratified_split",
   "tabular",
+  "views",
   "with_label_budget",
 ]

@@ -9,20 +9,36 @@ from kdflax.teachers.ensembles import (
   random_teacher,
   subset_teachers,
 )
+from kdflax.teachers.recording import record_from
 from kdflax.teachers.standardization import fusion_weights, phi_s, standardize, teacher_dropping
-from kdflax.teachers.store import read_record, record, recorded
+from kdflax.teachers.store import (
+  Record,
+  RecordedBatches,
+  inspect,
+  open_record,
+  open_records,
+  read_record,
+  record,
+  recorded,
+)
 
 __all__ = [
+  "Record",
+  "RecordedBatches",
   "average_logits",
   "average_probabilities",
   "confidence_weighted",
   "fusion_weights",
+  "inspect",
   "label_map",
   "load_variables",
+  "open_record",
+  "open_records",
   "phi_s",
   "random_teacher",
   "read_record",
   "record",
+  "record_from",
   "recorded",
   "save_variables",
   "standardize",
