@@ -11,6 +11,8 @@ from kdflax.models.connectors import (
   vid_connector,
 )
 from kdflax.models.convnet import convnet
+from kdflax.models.decoder import decoder, make_cache
+from kdflax.models.decoder_config import DecoderConfig, Rope
 from kdflax.models.deep_connectors import paraphraser, reused_head, review_fusion, translator
 from kdflax.models.equinox_adapter import from_equinox
 from kdflax.models.experts import cgc, dselect_k, mmoe, ple
@@ -22,7 +24,9 @@ from kdflax.models.sharing import cross_stitch, feature_sharing, hard_sharing, m
 
 __all__ = [
   "RESNETS",
+  "DecoderConfig",
   "Model",
+  "Rope",
   "Rule",
   "cgc",
   "compose",
@@ -31,6 +35,7 @@ __all__ = [
   "count_bytes",
   "count_parameters",
   "cross_stitch",
+  "decoder",
   "dselect_k",
   "embedding_connector",
   "feature_sharing",
@@ -40,6 +45,7 @@ __all__ = [
   "hard_sharing",
   "import_variables",
   "linear_connector",
+  "make_cache",
   "mlp",
   "mmoe",
   "mtan",

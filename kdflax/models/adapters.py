@@ -48,7 +48,7 @@ def count_bytes(params: PyTree) -> int:
 def from_nnx(
   make: MakeModule,
   *,
-  input: str = "image",
+  input: str | None = "image",
   inputs: str | tuple[str, ...] = "batch",
   with_example: bool = False,
 ) -> Model:
@@ -69,7 +69,7 @@ def from_nnx(
 
   Args:
     make: `make(rngs) -> module`; with `with_example`, `make(rngs, example)`.
-    input: the entry of the batch that a network reads.
+    input: the entry of the batch that a network reads; None for the whole batch, as a dict.
     inputs: context path(s) for a connector; see `Model`.
     with_example: let `make` read input widths from `example`, a `jax.ShapeDtypeStruct` (a tuple of them for a tuple of
       paths). The module must not depend on the batch size.

@@ -99,9 +99,9 @@ def warn_of_masked(batch: Any, has_statistics: bool, train: bool) -> None:
     )
 
 
-def pick(batch: Any, inputs: str | tuple[str, ...], input: str) -> Any:
-  """Returns what the module is called with: one entry of the batch, or the array(s) handed to a connector."""
-  if inputs != "batch":
+def pick(batch: Any, inputs: str | tuple[str, ...], input: str | None) -> Any:
+  """Returns what the module is called with: (an entry of) the batch, or the array(s) handed to a connector."""
+  if inputs != "batch" or input is None:
     return batch
   if not isinstance(batch, Mapping):
     raise ValueError(f"a network takes a batch, a dict with the entry {input!r}; got {type(batch).__name__}")
