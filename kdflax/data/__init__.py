@@ -16,6 +16,7 @@ from kdflax.data.glyphs import glyphs
 from kdflax.data.readers import cifar, idx, mnist, parquet
 from kdflax.data.sets import DATASETS, Dataset, Normalisation, Task, by_task, dataset, load, normalize
 from kdflax.data.sources import digits, overlaid_digits, tabular
+from kdflax.data.text import Text, byte_pairs, pack, read_tokenizer, split_by_name, standard_library
 
 __all__ = [
   "DATASETS",
@@ -26,8 +27,10 @@ __all__ = [
   "MixedBatches",
   "Normalisation",
   "Task",
+  "Text",
   "batch_indices",
   "by_task",
+  "byte_pairs",
   "check",
   "cifar",
   "dataset",
@@ -42,12 +45,16 @@ __all__ = [
   "normalize",
   "num_examples",
   "overlaid_digits",
+  "pack",
   "padded_batches",
   "parquet",
   "random_flip",
   "random_shift",
   "random_view",
+  "read_tokenizer",
   "sample",
+  "split_by_name",
+  "standard_library",
   "stratified_split",
   "tabular",
   "views",
