@@ -9,6 +9,7 @@ from kdflax.teachers.ensembles import (
   random_teacher,
   subset_teachers,
 )
+from kdflax.teachers.external import External, from_onnx, from_torch, image_input, live
 from kdflax.teachers.recording import record_from
 from kdflax.teachers.standardization import fusion_weights, phi_s, standardize, teacher_dropping
 from kdflax.teachers.store import (
@@ -23,14 +24,19 @@ from kdflax.teachers.store import (
 )
 
 __all__ = [
+  "External",
   "Record",
   "RecordedBatches",
   "average_logits",
   "average_probabilities",
   "confidence_weighted",
+  "from_onnx",
+  "from_torch",
   "fusion_weights",
+  "image_input",
   "inspect",
   "label_map",
+  "live",
   "load_variables",
   "open_record",
   "open_records",
