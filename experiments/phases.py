@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments import common
 from kdflax import data, models, training
+from kdflax.data.orders import ORDER
 from kdflax.objectives import Term
 from kdflax.training.metrics import accuracy
 
@@ -71,7 +72,7 @@ def session(config: Any, **bound: Any) -> Iterator[Session]:
   """
   common.check_room(config.run)
   settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _UNBOUND}
-  settings |= bound
+  settings |= {"order": ORDER} | bound
   with (
     training.RunDirectory(config.run, settings, accept_changes=config.accept_changes) as directory,
     training.MetricsLog(directory.path / "metrics.jsonl") as log,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdflax.data.arrays import Arrays, gather, num_examples
+from kdflax.data.orders import ORDER, order_at
 from kdflax.extras import extra
 from kdflax.files import digest
 
@@ -15,8 +16,9 @@ from kdflax.files import digest
 def batch_indices(key: jax.Array, step: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
   """Return the examples of one training batch as a pure function of the step.
 
-  Epoch `e` is a permutation by `fold_in(key, e)`, cut into whole batches; the rest of an epoch is dropped. Nothing is
-  carried from step to step, so any step can be computed first, under `jit`, `scan` or `vmap` over keys.
+  Epoch `e` is an order by `fold_in(key, e)`, cut into whole batches; the rest of an epoch is dropped. Nothing is
+  carried from step to step, so any step can be computed first, under `jit`, `scan` or `vmap` over keys; and only the
+  examples of the batch are worked out, so that a step costs the same whatever the size of the data.
 
   Args:
     key: a random key; the same key gives the same batches.
@@ -32,16 +34,16 @@ def batch_indices(key: jax.Array, step: jax.Array | int, *, num_examples: int, b
   """
   _check_batch_size(batch_size, num_examples)
   epoch, position = jnp.divmod(jnp.asarray(step), num_examples // batch_size)
-  permutation = _epoch_permutation(key, epoch, num_examples)
-  return jax.lax.dynamic_slice_in_dim(permutation, position * batch_size, batch_size)
+  positions = position * batch_size + jnp.arange(batch_size)
+  return order_at(jax.random.fold_in(key, epoch), positions, num_examples)
 
 
 class DeviceBatches:
   """Iterate without end over batches gathered on the device, the examples being those of `batch_indices`.
 
-  The arrays go to the device once; JAX arrays stay where they are, sharded or not. The permutation is computed once
-  per epoch. The position is a dict for a checkpoint: after `set_state` the batches continue as if uninterrupted, in
-  this or another process.
+  The arrays go to the device once; JAX arrays stay where they are, sharded or not. The position is a dict for a
+  checkpoint: after `set_state` the batches continue as if uninterrupted, in this or another process. One that was saved
+  by version 0.1, whose epochs had another order, is refused.
 
   Args:
     arrays: dict of arrays `[examples, ...]`, possibly nested.
@@ -59,22 +61,19 @@ class DeviceBatches:
     self._batch_size = batch_size
     self._key = key
     self._step = 0
-    self._permutation: tuple[int, jax.Array] | None = None
 
   def __iter__(self) -> "DeviceBatches":
     return self
 
   def __next__(self) -> Arrays:
-    epoch, position = divmod(self._step, self._num_examples // self._batch_size)
-    if self._permutation is None or self._permutation[0] != epoch:
-      self._permutation = epoch, _epoch_permutation(self._key, epoch, self._num_examples)
     self._step += 1
-    return _slice_and_gather(self._arrays, self._permutation[1], position * self._batch_size, size=self._batch_size)
+    return _draw(self._arrays, self._key, self._step - 1, size=self._batch_size)
 
   def get_state(self) -> dict[str, Any]:
     """Return the position: the step of the next batch, and what the batches depend on besides the arrays."""
     return {
       "step": self._step,
+      "order": ORDER,
       "num_examples": self._num_examples,
       "batch_size": self._batch_size,
       "key": np.asarray(jax.random.key_data(self._key)).tolist(),
@@ -203,6 +202,9 @@ def sample(arrays: Arrays, key: jax.Array, step: jax.Array | int, *, size: int) 
     ValueError: `size` is not between 1 and the number of examples.
   """
   return gather(arrays, batch_indices(key, step, num_examples=num_examples(arrays), batch_size=size))
+
+
+_draw = jax.jit(sample, static_argnames="size")
 
 
 def padded_batches(arrays: Arrays, batch_size: int) -> Iterator[Arrays]:
@@ -343,17 +345,6 @@ def _read_only(values: np.ndarray) -> np.ndarray:
   view = np.asarray(values).view()
   view.setflags(write=False)
   return view
-
-
-def _epoch_permutation(key: jax.Array, epoch: jax.Array | int, total: int) -> jax.Array:
-  return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(total, dtype=jnp.int32))
-
-
-def _slice_and_gather_rows(arrays: Arrays, permutation: jax.Array, start: jax.Array | int, *, size: int) -> Arrays:
-  return gather(arrays, jax.lax.dynamic_slice_in_dim(permutation, start, size))
-
-
-_slice_and_gather = jax.jit(_slice_and_gather_rows, static_argnames="size")
 
 
 def _check_batch_size(batch_size: int, total: int) -> None:

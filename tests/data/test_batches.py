@@ -24,6 +24,7 @@ from kdflax.data import (
   random_flip,
   random_shift,
 )
+from kdflax.data.orders import order_at
 
 NUM_EXAMPLES = 23
 BATCH_SIZE = 5  # 4 batches per epoch, 3 examples dropped
@@ -84,10 +85,9 @@ def test_an_epoch_that_divides_visits_every_example_once():
   np.testing.assert_array_equal(np.sort(np.concatenate(batches[3:])), np.arange(12))
 
 
-def test_an_epoch_is_the_permutation_of_the_folded_key():
-  key = jax.random.key(3)
-  permutation = jax.random.permutation(jax.random.fold_in(key, 2), NUM_EXAMPLES)
-  np.testing.assert_array_equal(_indices(3)[8:].ravel(), permutation[:20])
+def test_an_epoch_is_the_order_of_the_folded_key():
+  order = order_at(jax.random.fold_in(jax.random.key(3), 2), jnp.arange(20), NUM_EXAMPLES)
+  np.testing.assert_array_equal(_indices(3)[8:].ravel(), order)
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -163,7 +163,8 @@ for make in (_device, _grain):
     ({"num_examples": 24}, r"num_examples 24 \(here 23\)"),
     ({"key": [0, 9]}, r"key \[0, 9\] \(here \[0, 0\]\)"),
     ({"step": -1}, "step -1"),
-    ({"next_index": 3}, r"has the fields \['batch_size', 'key', 'num_examples', 'step'\]"),
+    ({"order": "shuffle"}, r"order shuffle \(here feistel\)"),
+    ({"next_index": 3}, r"has the fields \['batch_size', 'key', 'num_examples', 'order', 'step'\]"),
   ],
 )
 def test_a_position_of_other_batches_is_refused(change, message):
