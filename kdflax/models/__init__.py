@@ -19,6 +19,7 @@ from kdflax.models.experts import cgc, dselect_k, mmoe, ple
 from kdflax.models.importing import Rule, import_variables
 from kdflax.models.low_rank import multi_task_low_rank, orthogonal_matrix
 from kdflax.models.mlp import mlp
+from kdflax.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from kdflax.models.resnet import RESNETS, resnet
 from kdflax.models.sharing import cross_stitch, feature_sharing, hard_sharing, mtan, soft_sharing, task_head
 
@@ -26,6 +27,7 @@ __all__ = [
   "RESNETS",
   "DecoderConfig",
   "Model",
+  "Pretrained",
   "Rope",
   "Rule",
   "cgc",
@@ -45,6 +47,7 @@ __all__ = [
   "hard_sharing",
   "import_variables",
   "linear_connector",
+  "load_pretrained",
   "make_cache",
   "mlp",
   "mmoe",
@@ -56,6 +59,7 @@ __all__ = [
   "resnet",
   "reused_head",
   "review_fusion",
+  "save_pretrained",
   "soft_sharing",
   "stacked",
   "task_head",
