@@ -12,6 +12,7 @@ from kdflax.data.batches import (
   padded_batches,
   sample,
 )
+from kdflax.data.glosses import glosses
 from kdflax.data.glyphs import glyphs
 from kdflax.data.readers import cifar, idx, mnist, parquet
 from kdflax.data.sets import DATASETS, Dataset, Normalisation, Task, by_task, dataset, load, normalize
@@ -36,6 +37,7 @@ __all__ = [
   "dataset",
   "digits",
   "gather",
+  "glosses",
   "glyphs",
   "grain_batches",
   "idx",

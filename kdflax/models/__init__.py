@@ -14,6 +14,7 @@ from kdflax.models.convnet import convnet
 from kdflax.models.decoder import decoder, make_cache
 from kdflax.models.decoder_config import DecoderConfig, Rope
 from kdflax.models.deep_connectors import paraphraser, reused_head, review_fusion, translator
+from kdflax.models.encoder import bag_of_tokens, bert, load_bert
 from kdflax.models.equinox_adapter import from_equinox
 from kdflax.models.experts import cgc, dselect_k, mmoe, ple
 from kdflax.models.importing import Rule, import_variables
@@ -30,6 +31,8 @@ __all__ = [
   "Pretrained",
   "Rope",
   "Rule",
+  "bag_of_tokens",
+  "bert",
   "cgc",
   "compose",
   "conv_connector",
@@ -47,6 +50,7 @@ __all__ = [
   "hard_sharing",
   "import_variables",
   "linear_connector",
+  "load_bert",
   "load_pretrained",
   "make_cache",
   "mlp",
