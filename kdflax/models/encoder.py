@@ -1,5 +1,6 @@
 """Encoders of text: BERT, which takes the weights of its family from safetensors, and a bag of tokens beside it."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ def bert(
 ) -> Model:
   """Build a BERT encoder whose embedding is the mean of its tokens: a sentence encoder, as a teacher or a student.
 
-  The defaults are those of MiniLM-L6. Every text is one segment, of number 0. Weights of the family come by `load_bert`.
+  The defaults are those of MiniLM-L6. Every text is one segment, of number 0. `load_bert` brings weights of the family.
 
   Args:
     vocabulary: the number of tokens.
@@ -264,7 +265,7 @@ class _Bert(nnx.Module):
 class _Bag(nnx.Module):
   def __init__(self, vocabulary: int, widths: Sequence[int], dropout: float, rngs: nnx.Rngs) -> None:
     self.tokens = nnx.Embed(vocabulary, widths[0], embedding_init=nnx.initializers.normal(0.1), rngs=rngs)
-    pairs = zip(widths, widths[1:], strict=False)
+    pairs = itertools.pairwise(widths)
     self.hidden = nnx.List(nnx.Linear(a, b, kernel_init=hidden_init, rngs=rngs) for a, b in pairs)
     self.dropout = nnx.Dropout(dropout)
 

@@ -1,5 +1,6 @@
 """Encoders of text: BERT equals numbers recorded from transformers, and neither padding nor length matters."""
 
+import functools
 import json
 import pathlib
 
@@ -53,10 +54,16 @@ def test_what_stands_at_padding_is_never_seen(recorded, loaded):
 def test_a_text_without_tokens_is_zero_and_has_finite_gradients():
   model = models.bert(9, width=4, layers=1, heads=2, hidden=4, positions=3)
   batch = {"token_ids": jnp.zeros((2, 3), jnp.int32), "mask": jnp.array([[True, False, False], [False] * 3])}
-  params, state = model.init(KEY, batch)
-  embedding = lambda params: model.apply(params, state, batch, train=False)[0]["embedding"]
-  assert embedding(params)[1].tolist() == [0.0] * 4
-  gradients = jax.grad(lambda params: embedding(params)[:, 0].sum())(params)
+  params, state = jax.jit(model.init)(KEY, batch)
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def run(params):
+    embedding = model.apply(params, state, batch, train=False)[0]["embedding"]
+    return embedding[:, 0].sum(), embedding
+
+  gradients, embedding = run(params)
+  assert embedding[1].tolist() == [0.0] * 4 and embedding[0].any()
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
@@ -85,11 +92,12 @@ def test_dropout_needs_a_key_and_changes_the_states():
     models.bag_of_tokens(9, width=4, hidden=(4,), dropout=0.5),
   ):
     batch = {"token_ids": jnp.ones((2, 3), jnp.int32), "mask": jnp.ones((2, 3), bool)}
-    variables = model.init(KEY, batch)
+    variables = jax.jit(model.init)(KEY, batch)
     with pytest.raises(ValueError, match=r"apply\(train=True\) needs a key"):
       model.apply(*variables, batch, train=True)
-    run = lambda train, model=model, v=variables, b=batch: model.apply(*v, b, train=train, key=KEY)[0]["pooled"]
-    assert not np.allclose(run(True), run(False))
+    run = jax.jit(functools.partial(model.apply, key=KEY), static_argnames="train")
+    trained, evaluated = (run(*variables, batch, train=train)[0]["pooled"] for train in (True, False))
+    assert not np.allclose(trained, evaluated)
 
 
 @pytest.mark.parametrize(
