@@ -8,14 +8,13 @@ import json
 import pathlib
 from importlib.util import find_spec
 
-import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.numpy import save
 
-from experiments import glosses
+from experiments import glosses_teacher
 from kdflax import models
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "models" / "bert_fixture.safetensors"
@@ -84,10 +83,10 @@ def test_it_is_that_of_transformers(tmp_path, seed):
   compare(model, variables, batch, said_by(peer, batch))
 
 
-@pytest.mark.skipif(not find_spec(glosses.TEACHER_PACKAGE), reason="the package of MiniLM is not installed")
+@pytest.mark.skipif(not find_spec(glosses_teacher.PACKAGE), reason="the package of MiniLM is not installed")
 def test_minilm_is_that_of_transformers():
-  folder = glosses.teacher_folder()
-  model, variables = models.load_bert(folder, sha256=glosses.TEACHER_SHA256)
+  folder = glosses_teacher.folder()
+  model, variables = models.load_bert(folder, sha256=glosses_teacher.SHA256)
   batch = texts(0, 30522, 24)
   compare(model, variables, batch, said_by(transformers.BertModel.from_pretrained(folder).eval(), batch))
 
