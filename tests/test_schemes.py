@@ -369,6 +369,7 @@ SCHEMES = {
   "Self-distillation across augmentations": across_augmentations,
   "Unlabelled examples": unlabelled,
   "Labelled and unlabelled batches in one": mixed_batches,
+  "A source of any kind": hard_only,
   "Tasks with batches of their own": batches_of_their_own,
   "Four kinds of task in one learner": four_kinds,
   "Metrics for each task": soft_tasks,

@@ -4,19 +4,19 @@ from kdflax.data.arrays import Arrays, check, gather, num_examples, stratified_s
 from kdflax.data.augment import random_flip, random_shift, random_view, views
 from kdflax.data.batches import (
   DeviceBatches,
-  GrainBatches,
   MixedBatches,
   batch_indices,
-  grain_batches,
   mix,
   padded_batches,
   sample,
 )
 from kdflax.data.glosses import glosses
 from kdflax.data.glyphs import glyphs
+from kdflax.data.images import Images, image_folder, image_table
 from kdflax.data.readers import cifar, idx, mnist, parquet
 from kdflax.data.sets import DATASETS, Dataset, Normalisation, Task, by_task, dataset, load, normalize
 from kdflax.data.sources import digits, overlaid_digits, tabular
+from kdflax.data.streams import GrainBatches, grain_batches
 from kdflax.data.text import Text, byte_pairs, pack, read_tokenizer, split_by_name, standard_library
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
   "Dataset",
   "DeviceBatches",
   "GrainBatches",
+  "Images",
   "MixedBatches",
   "Normalisation",
   "Task",
@@ -41,6 +42,8 @@ __all__ = [
   "glyphs",
   "grain_batches",
   "idx",
+  "image_folder",
+  "image_table",
   "load",
   "mix",
   "mnist",

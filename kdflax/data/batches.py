@@ -1,6 +1,6 @@
-"""Batches whose position is a small dict: gathered on the device, streamed by Grain, or padded for evaluation."""
+"""Batches whose position is a small dict: gathered on the device, mixed, or padded for evaluation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,8 +9,6 @@ import numpy as np
 
 from kdflax.data.arrays import Arrays, gather, num_examples
 from kdflax.data.orders import ORDER, order_at
-from kdflax.extras import extra
-from kdflax.files import digest
 
 
 def batch_indices(key: jax.Array, step: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
@@ -32,7 +30,7 @@ def batch_indices(key: jax.Array, step: jax.Array | int, *, num_examples: int, b
   Raises:
     ValueError: `batch_size` is not positive or larger than `num_examples`.
   """
-  _check_batch_size(batch_size, num_examples)
+  check_batch_size(batch_size, num_examples)
   epoch, position = jnp.divmod(jnp.asarray(step), num_examples // batch_size)
   positions = position * batch_size + jnp.arange(batch_size)
   return order_at(jax.random.fold_in(key, epoch), positions, num_examples)
@@ -56,7 +54,7 @@ class DeviceBatches:
 
   def __init__(self, arrays: Arrays, batch_size: int, key: jax.Array):
     self._num_examples = num_examples(arrays)
-    _check_batch_size(batch_size, self._num_examples)
+    check_batch_size(batch_size, self._num_examples)
     self._arrays = jax.tree.map(jnp.asarray, arrays)
     self._batch_size = batch_size
     self._key = key
@@ -88,100 +86,10 @@ class DeviceBatches:
     Raises:
       ValueError: it belongs to other batches, which no position could continue; the differing fields are named.
     """
-    _check_position("DeviceBatches", state, self.get_state(), counter="step")
+    check_position("DeviceBatches", state, self.get_state(), counter="step")
     if state["step"] < 0:
       raise ValueError(f"a position counts steps from 0, got step {state['step']}")
     self._step = int(state["step"])
-
-
-def grain_batches(
-  arrays: Arrays,
-  batch_size: int,
-  *,
-  seed: int,
-  augment: Callable[[Arrays, np.random.Generator], Arrays] | None = None,
-  num_workers: int = 0,
-) -> "GrainBatches":
-  """Iterate without end over NumPy batches from a Grain pipeline: shuffle, repeat, augment, batch.
-
-  Every epoch has its own order, and every visit of an example its own random generator, both functions of the seed and
-  the position alone. Unlike `batch_indices` nothing is dropped at the end of an epoch: a batch may reach into the next.
-
-  Args:
-    arrays: dict of NumPy arrays `[examples, ...]`, possibly nested.
-    batch_size: examples per batch.
-    seed: of order and augmentation.
-    augment: `(record, generator) -> record`, where a record is the dict of one example's rows. The rows are views of
-      the data and read-only: return new arrays.
-    num_workers: processes; 0 reads in threads of this one. The batches are the same with any number, positions are
-      not. Workers import the main script again, so guard it with `if __name__ == "__main__"`.
-
-  Returns:
-    An iterator with a position, a dict that JSON can hold.
-
-  Raises:
-    ValueError: `batch_size` is not positive or larger than the data.
-  """
-  with extra("data", "a Grain pipeline"):
-    import grain  # takes two seconds, which users of DeviceBatches need not pay
-  _check_batch_size(batch_size, num_examples(arrays))
-  data = grain.MapDataset.source(_Records(arrays)).seed(seed).shuffle().repeat(None)
-  if augment is not None:
-    data = data.random_map(augment)
-  stream = data.batch(batch_size, drop_remainder=True).to_iter_dataset(
-    grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-  )
-  if num_workers:
-    _mark_flags_as_parsed()
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-  return GrainBatches(
-    iter(stream),
-    {
-      "num_examples": num_examples(arrays),
-      "batch_size": batch_size,
-      "seed": seed,
-      "num_workers": num_workers,
-      "content": _content(arrays),
-    },
-  )
-
-
-class GrainBatches:
-  """What `grain_batches` returns: a Grain iterator whose position also says which batches it is of.
-
-  Grain's own position is a counter, which any other pipeline would take and continue with other examples.
-
-  Args:
-    iterator: of Grain, kept under this name for what else Grain can do with it.
-    identity: what the batches depend on, as JSON.
-  """
-
-  def __init__(self, iterator: Any, identity: dict[str, Any]):
-    self.iterator = iterator
-    self._identity = identity
-
-  def __iter__(self) -> "GrainBatches":
-    return self
-
-  def __next__(self) -> Arrays:
-    return next(self.iterator)
-
-  def get_state(self) -> dict[str, Any]:
-    """Return the position: Grain's own, and what the batches depend on besides the augmentation."""
-    return self._identity | {"grain": self.iterator.get_state()}
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    """Continue at a position that `get_state` returned.
-
-    Args:
-      state: the position.
-
-    Raises:
-      ValueError: it belongs to other batches, which no position could continue; the differing fields are named. The
-        content of a data set is known by its names, types, shapes and 64 of its examples.
-    """
-    _check_position("a Grain pipeline", state, self.get_state(), counter="grain")
-    self.iterator.set_state(state["grain"])
 
 
 def sample(arrays: Arrays, key: jax.Array, step: jax.Array | int, *, size: int) -> Arrays:
@@ -309,21 +217,7 @@ class MixedBatches:
       stream.set_state(state[name])
 
 
-class _Records:
-  """Random access to single examples, as Grain wants it; at module level so that workers can unpickle it."""
-
-  def __init__(self, arrays: Arrays):
-    self._arrays = jax.tree.map(_read_only, arrays)
-    self._length = num_examples(arrays)
-
-  def __len__(self) -> int:
-    return self._length
-
-  def __getitem__(self, index: int) -> Arrays:
-    return jax.tree.map(lambda values: values[index], self._arrays)
-
-
-def _check_position(kind: str, state: dict[str, Any], own: dict[str, Any], *, counter: str) -> None:
+def check_position(kind: str, state: dict[str, Any], own: dict[str, Any], *, counter: str) -> None:
   """Raise a ValueError unless two positions differ in nothing but their counter."""
   if set(state) != set(own):
     raise ValueError(f"a position of {kind} has the fields {sorted(own)}, got {sorted(state)}")
@@ -334,29 +228,9 @@ def _check_position(kind: str, state: dict[str, Any], own: dict[str, Any], *, co
     raise ValueError(f"the position at {counter} {state[counter]} is of other batches: {', '.join(differing)}")
 
 
-def _content(arrays: Arrays) -> str:
-  """A short name for what a data set holds, from a few of its examples: it may be larger than memory."""
-  rows = np.unique(np.linspace(0, num_examples(arrays) - 1, 64).astype(int))
-  return digest(gather(arrays, rows))[:16]
-
-
-def _read_only(values: np.ndarray) -> np.ndarray:
-  """Return a view in which an augmentation that writes in place fails instead of changing the data."""
-  view = np.asarray(values).view()
-  view.setflags(write=False)
-  return view
-
-
-def _check_batch_size(batch_size: int, total: int) -> None:
+def check_batch_size(batch_size: int, total: int) -> None:
+  """Raises a ValueError for a batch that the data cannot fill."""
   if batch_size <= 0:
     raise ValueError(f"batch_size={batch_size} must be positive")
   if batch_size > total:
     raise ValueError(f"batch_size={batch_size} is larger than the data: {total} examples")
-
-
-def _mark_flags_as_parsed() -> None:
-  """Let Grain read its absl flags in a program that is no absl application; without this its workers fail to start."""
-  with extra("data", "a Grain pipeline"):
-    from absl import flags
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()

@@ -4,7 +4,6 @@ Pixels stay uint8, channels last; turning them into floats is the pipeline's bus
 """
 
 import gzip
-import io
 import math
 import os
 import zlib
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kdflax.data.arrays import Arrays, check, gather, stratified_split
+from kdflax.data.images import decoded, integers
 from kdflax.extras import extra
 
 _CIFAR_PIXELS = 3 * 32 * 32
@@ -269,27 +269,11 @@ def _parquet_file(file: Path, image: str, labels: list[str]) -> tuple[list[np.nd
   except (pa.ArrowException, OSError) as error:
     raise ValueError(f"{file}: damaged Parquet file of {len(data)} bytes ({error})") from error
   images = [_decoded(cell, f"{file}, row {row}") for row, cell in enumerate(table[image].to_pylist())]
-  return images, {column: _classes(table[column], f"{file}, column {column}") for column in labels}
-
-
-def _classes(column: Any, where: str) -> np.ndarray:
-  values = column.to_numpy()
-  if column.null_count or not np.issubdtype(values.dtype, np.integer):
-    raise ValueError(f"{where}: expected integers, saw {column.type} with {column.null_count} absent")
-  return values.astype(np.int32)
+  return images, {column: integers(table[column], f"{file}, column {column}") for column in labels}
 
 
 def _decoded(cell: Any, where: str) -> np.ndarray:
   """Decode one `struct<bytes, path>` cell to uint8 `[height, width, channels]`."""
-  from PIL import Image, UnidentifiedImageError
-
   if not isinstance(cell, Mapping) or not cell.get("bytes"):
     raise ValueError(f"{where}: expected struct<bytes, path> with bytes, saw {cell!r}")
-  try:
-    picture = Image.open(io.BytesIO(cell["bytes"]), formats=("PNG", "JPEG", "WEBP", "BMP"))
-    picture.load()
-  except (UnidentifiedImageError, OSError, SyntaxError) as error:
-    raise ValueError(f"{where}: the image of {len(cell['bytes'])} bytes does not decode ({error})") from error
-  if picture.mode not in ("1", "L", "P", "RGB"):
-    raise ValueError(f"{where}: an image of mode {picture.mode}; grey, palette and RGB images are read")
-  return np.atleast_3d(np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB")))
+  return decoded(cell["bytes"], where)
