@@ -23,6 +23,7 @@ from kdflax.models.mlp import mlp
 from kdflax.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from kdflax.models.resnet import RESNETS, resnet
 from kdflax.models.sharing import cross_stitch, feature_sharing, hard_sharing, mtan, soft_sharing, task_head
+from kdflax.models.vit import vit
 
 __all__ = [
   "RESNETS",
@@ -71,4 +72,5 @@ __all__ = [
   "translator",
   "unstack",
   "vid_connector",
+  "vit",
 ]
