@@ -19,9 +19,11 @@ from kdflax.models.equinox_adapter import from_equinox
 from kdflax.models.experts import cgc, dselect_k, mmoe, ple
 from kdflax.models.importing import Rule, import_variables
 from kdflax.models.low_rank import multi_task_low_rank, orthogonal_matrix
+from kdflax.models.low_rank_adapters import low_rank_adapters, merge_low_rank
 from kdflax.models.mlp import mlp
 from kdflax.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from kdflax.models.resnet import RESNETS, resnet
+from kdflax.models.sampling import Sampled, make_sampler
 from kdflax.models.sharing import cross_stitch, feature_sharing, hard_sharing, mtan, soft_sharing, task_head
 from kdflax.models.vit import vit
 
@@ -32,6 +34,7 @@ __all__ = [
   "Pretrained",
   "Rope",
   "Rule",
+  "Sampled",
   "bag_of_tokens",
   "bert",
   "cgc",
@@ -53,7 +56,10 @@ __all__ = [
   "linear_connector",
   "load_bert",
   "load_pretrained",
+  "low_rank_adapters",
   "make_cache",
+  "make_sampler",
+  "merge_low_rank",
   "mlp",
   "mmoe",
   "mtan",

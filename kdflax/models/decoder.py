@@ -1,5 +1,6 @@
 """One decoder for the families of language models that are distilled: Llama, Qwen and Gemma."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdflax.model import Model, Outputs
+from kdflax.model import Model, Outputs, PyTree
 from kdflax.models.adapters import from_nnx
-from kdflax.models.decoder_config import DecoderConfig, Rope
+from kdflax.models.attention import Mask, Past, Rotation, attended, capped, extended, masks, places, rotated, rotation
+from kdflax.models.decoder_config import DecoderConfig
 from kdflax.models.layers import Activation
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -18,8 +20,13 @@ _ACTIVATIONS: dict[str, Activation] = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
   "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-Rotation = tuple[jax.Array, jax.Array]  # cosine and sine, [batch or 1, length, 1, head_width / 2]
-Mask = jax.Array | None  # bool [batch or 1, 1, queries, keys]; None is causal
+Ranks = tuple[tuple[str, int], ...]
+
+
+class FactoredModel(Model):
+  """A model that reads low-rank factors, `down` and `up`, where they stand beside a `kernel` in its params."""
+
+  __slots__ = ()
 
 
 def decoder(config: DecoderConfig, *, head: bool = True, features: bool = False) -> Model:
@@ -64,7 +71,15 @@ def decoder(config: DecoderConfig, *, head: bool = True, features: bool = False)
     >>> print(outputs["hidden"].shape, outputs["logits"].shape, params["head"].shape)
     (1, 3, 8) (1, 3, 11) (11, 8)
   """
-  return from_nnx(lambda rngs: _Decoder(config, head, features, rngs), input=None)
+
+  @functools.cache
+  def build(ranks: Ranks) -> Model:
+    return from_nnx(lambda rngs: _Decoder(_Build(config, ranks, rngs), head, features), input=None)
+
+  def apply(params: PyTree, state: PyTree, batch: Any, *, train: bool, key: jax.Array | None = None) -> Any:
+    return build(_ranks(params)).apply(params, state, batch, train=train, key=key)
+
+  return FactoredModel(build(()).init, apply)
 
 
 def make_cache(config: DecoderConfig, batch_size: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
@@ -93,6 +108,14 @@ def make_cache(config: DecoderConfig, batch_size: int, length: int, dtype: Any =
   return {**arrays, "positions": tokens, "segments": tokens, "index": jnp.zeros((), jnp.int32)}
 
 
+class _Build(NamedTuple):
+  """What layers are made of: sizes, the ranks of low-rank additions by path in a layer, and random numbers."""
+
+  config: DecoderConfig
+  ranks: Ranks
+  rngs: nnx.Rngs
+
+
 class _Norm(nnx.Module):
   """RMSNorm, in float32 or wider."""
 
@@ -107,45 +130,58 @@ class _Norm(nnx.Module):
     return (normed * (self.offset + self.scale.get_value().astype(wide.dtype))).astype(x.dtype)
 
 
-def _linear(
-  inputs: int, outputs: int, bias: bool, config: DecoderConfig, rngs: nnx.Rngs, shrink: float = 1.0
-) -> nnx.Linear:
-  init = jax.nn.initializers.normal(1 / math.sqrt(inputs * shrink))
-  types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-  return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, rngs=rngs, **types)
+class _Linear(nnx.Linear):
+  """A projection, with a low-rank addition where the params have one."""
+
+  def __init__(self, inputs: int, outputs: int, bias: bool, build: _Build, path: str, shrink: float = 1.0) -> None:
+    config, rank = build.config, dict(build.ranks).get(path, 0)
+    init = jax.nn.initializers.normal(1 / math.sqrt(inputs * shrink))
+    types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+    super().__init__(inputs, outputs, use_bias=bias, kernel_init=init, rngs=build.rngs, **types)
+    self.down = nnx.Param(jnp.zeros((inputs, rank))) if rank else None
+    self.up = nnx.Param(jnp.zeros((rank, outputs))) if rank else None
+
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    projected = super().__call__(inputs, out_sharding)
+    if self.down is None or self.up is None:
+      return projected
+    down, up = (factor.get_value().astype(projected.dtype) for factor in (self.down, self.up))
+    return projected + (inputs.astype(projected.dtype) @ down) @ up
 
 
 class _Attention(nnx.Module):
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+  def __init__(self, build: _Build) -> None:
+    config = build.config
     queries, keys = config.heads * config.head_width, config.kv_heads * config.head_width
-    self.query = _linear(config.width, queries, config.qkv_bias, config, rngs)
-    self.key = _linear(config.width, keys, config.qkv_bias, config, rngs)
-    self.value = _linear(config.width, keys, config.qkv_bias, config, rngs)
-    self.output = _linear(queries, config.width, config.output_bias, config, rngs, shrink=2 * config.depth)
+    self.query = _Linear(config.width, queries, config.qkv_bias, build, "attention/query")
+    self.key = _Linear(config.width, keys, config.qkv_bias, build, "attention/key")
+    self.value = _Linear(config.width, keys, config.qkv_bias, build, "attention/value")
+    self.output = _Linear(queries, config.width, config.output_bias, build, "attention/output", 2 * config.depth)
     self.query_norm = _Norm(config.head_width, config) if config.qk_norm else None
     self.key_norm = _Norm(config.head_width, config) if config.qk_norm else None
     self.config = config
 
-  def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask, past: "_Past | None") -> tuple[jax.Array, Any]:
+  def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask, past: Past | None) -> tuple[jax.Array, Any]:
     by_head = lambda y: y.reshape(*x.shape[:2], -1, self.config.head_width)
     query, key, value = by_head(self.query(x)), by_head(self.key(x)), by_head(self.value(x))
     query = query if self.query_norm is None else self.query_norm(query)
     key = key if self.key_norm is None else self.key_norm(key)
-    query, key = _rotated(query, rotation), _rotated(key, rotation)
+    query, key = rotated(query, rotation), rotated(key, rotation)
     if past is not None:
       past = past.followed_by(key, value)
       key, value = past.keys[past.layer].astype(key.dtype), past.values[past.layer].astype(value.dtype)
-    mixed = _attended(query, key, value, mask, self.config)
+    mixed = attended(query, key, value, mask, self.config)
     return self.output(mixed.reshape(*x.shape[:2], -1)), past
 
 
 class _Gated(nnx.Module):
   """SwiGLU or GeGLU: `down(act(gate x) * up x)`."""
 
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
-    self.gate = _linear(config.width, config.mlp_width, config.mlp_bias, config, rngs)
-    self.up = _linear(config.width, config.mlp_width, config.mlp_bias, config, rngs)
-    self.down = _linear(config.mlp_width, config.width, config.mlp_bias, config, rngs, shrink=2 * config.depth)
+  def __init__(self, build: _Build) -> None:
+    config = build.config
+    self.gate = _Linear(config.width, config.mlp_width, config.mlp_bias, build, "mlp/gate")
+    self.up = _Linear(config.width, config.mlp_width, config.mlp_bias, build, "mlp/up")
+    self.down = _Linear(config.mlp_width, config.width, config.mlp_bias, build, "mlp/down", 2 * config.depth)
     self.activation = config.activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -153,51 +189,38 @@ class _Gated(nnx.Module):
 
 
 class _Layer(nnx.Module):
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+  def __init__(self, build: _Build) -> None:
+    config = build.config
     self.attention_norm, self.mlp_norm = _Norm(config.width, config), _Norm(config.width, config)
-    self.attention, self.mlp = _Attention(config, rngs), _Gated(config, rngs)
+    self.attention, self.mlp = _Attention(build), _Gated(build)
     self.attention_post_norm = _Norm(config.width, config) if config.post_norms else None
     self.mlp_post_norm = _Norm(config.width, config) if config.post_norms else None
 
-  def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask, past: "_Past | None") -> tuple[jax.Array, Any]:
+  def __call__(self, x: jax.Array, rotation: Rotation, mask: Mask, past: Past | None) -> tuple[jax.Array, Any]:
     added, past = self.attention(self.attention_norm(x), rotation, mask, past)
     x = x + (added if self.attention_post_norm is None else self.attention_post_norm(added))
     added = self.mlp(self.mlp_norm(x))
     return x + (added if self.mlp_post_norm is None else self.mlp_post_norm(added)), past
 
 
-class _Past(NamedTuple):
-  """Keys and values of all layers, and where the next ones go."""
-
-  keys: jax.Array
-  values: jax.Array
-  layer: jax.Array | int
-  place: jax.Array
-
-  def followed_by(self, key: jax.Array, value: jax.Array) -> "_Past":
-    write = lambda old, new: jax.lax.dynamic_update_slice(
-      old, new[None].astype(old.dtype), (self.layer, 0, self.place, 0, 0)
-    )
-    return self._replace(keys=write(self.keys, key), values=write(self.values, value))
-
-
 class _Decoder(nnx.Module):
-  def __init__(self, config: DecoderConfig, head: bool, features: bool, rngs: nnx.Rngs) -> None:
+  def __init__(self, build: _Build, head: bool, features: bool) -> None:
+    config, rngs = build.config, build.rngs
     shape, init = (config.vocabulary, config.width), jax.nn.initializers.normal(0.02)
     self.embedding = nnx.Param(init(rngs.params(), shape, config.param_dtype))
-    self.layers = nnx.vmap(lambda rngs: _Layer(config, rngs))(rngs.split(config.depth))
+    self.layers = nnx.vmap(lambda rngs: _Layer(build._replace(rngs=rngs)))(rngs.split(config.depth))
     self.norm = _Norm(config.width, config)
     self.head = None if config.tied else nnx.Param(init(rngs.params(), shape, config.param_dtype))
     self.config, self.returns_logits, self.returns_features = config, head, features
 
   def __call__(self, batch: Mapping[str, Any]) -> Outputs:
     config, (tokens, cache) = self.config, _checked(batch, self.config)
-    positions, segments = _places(batch, tokens, cache)
-    seen = None if cache is None else _extended(cache, positions, segments)
+    positions, segments = places(batch, tokens, cache)
+    seen = None if cache is None else extended(cache, positions, segments)
     x = jnp.take(self.embedding.get_value(), tokens, axis=0)  # a token that does not exist gives NaN
     x = x.astype(config.dtype or x.dtype)
     x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    x, past, features = self._through_layers(x, positions, _masks(config, positions, segments, seen), cache)
+    x, past, features = self._through_layers(x, positions, masks(config, positions, segments, seen), cache)
     if "select" in batch:
       x = jnp.take_along_axis(x, jnp.asarray(batch["select"])[..., None], axis=1)
     outputs: Outputs = {"hidden": self.norm(x)}
@@ -215,8 +238,8 @@ class _Decoder(nnx.Module):
     """Runs the layers; one body for all of them, so what differs between layers is chosen by number."""
     config, (graph, states) = self.config, nnx.split(self.layers)
     length = positions.shape[1] if cache is None else cache["positions"].shape[1]
-    wide = _rotation(config.rope, positions, length, config)
-    near = wide if config.local_rope is None else _rotation(config.local_rope, positions, length, config)
+    wide = rotation(config.rope, positions, length, config)
+    near = wide if config.local_rope is None else rotation(config.local_rope, positions, length, config)
     choose = _chooser(config.sliding)
 
     def body(carry: tuple[jax.Array, Any], layer: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, Any]:
@@ -226,11 +249,20 @@ class _Decoder(nnx.Module):
       x, past = nnx.merge(graph, state)(x, rotation, mask, past)
       return (x, past), x if self.returns_features else None
 
-    past = None if cache is None else _Past(cache["keys"], cache["values"], jnp.int32(0), cache["index"])
+    past = None if cache is None else Past(cache["keys"], cache["values"], jnp.int32(0), cache["index"])
     numbered = (states, jnp.arange(config.depth, dtype=jnp.int32), jnp.asarray(config.sliding))
     unroll = 1 if config.scan else config.depth
     (x, past), features = jax.lax.scan(_remembering(body, config), (x, past), numbered, unroll=unroll)
     return x, past, features
+
+
+def _ranks(params: PyTree) -> Ranks:
+  """The ranks of the factors that stand beside kernels."""
+  blocks = params["layers"].items() if isinstance(params, Mapping) and "layers" in params else ()
+  parts = [(f"{name}/{part}", leaves) for name, block in blocks for part, leaves in block.items()]
+  return tuple(
+    (path, leaves["down"].shape[-1]) for path, leaves in parts if isinstance(leaves, Mapping) and "down" in leaves
+  )
 
 
 def _remembering(body: Callable[..., Any], config: DecoderConfig) -> Callable[..., Any]:
@@ -251,98 +283,7 @@ def _chooser(sliding: tuple[bool, ...]) -> Callable[[jax.Array, Any, Any], Any]:
 def _logits(hidden: jax.Array, head: jax.Array, config: DecoderConfig) -> jax.Array:
   kind = jnp.promote_types(hidden.dtype, jnp.float32)
   logits = jnp.einsum("bld,vd->blv", hidden, head.astype(hidden.dtype), preferred_element_type=kind)
-  return _capped(logits, config.logit_soft_cap)
-
-
-def _capped(z: jax.Array, cap: float | None) -> jax.Array:
-  return z if cap is None else cap * jnp.tanh(z / cap)
-
-
-def _rotation(rope: Rope, positions: jax.Array, length: int, config: DecoderConfig) -> Rotation:
-  frequencies = jnp.asarray(rope.frequencies(config.head_width, length, config.max_length), jnp.float32)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  return jnp.cos(angles) * rope.magnitude(), jnp.sin(angles) * rope.magnitude()
-
-
-def _rotated(x: jax.Array, rotation: Rotation) -> jax.Array:
-  """Turns the first half of each head against the second, as the checkpoints of all these families do."""
-  cosine, sine = rotation
-  first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-  turned = (first * cosine - second * sine, second * cosine + first * sine)
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def _attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, config: DecoderConfig) -> jax.Array:
-  """Grouped-query attention, `[batch, queries, heads, head_width]`."""
-  scale = config.query_scale or config.head_width**-0.5
-  if config.attention_soft_cap is not None:
-    return _attended_capped(query * scale, key, value, mask, config)
-  causal: dict[str, Any] = {"mask": mask} if mask is not None else {"is_causal": True}
-  if mask is None and config.window is not None and config.sliding[0]:
-    causal["local_window_size"] = (config.window - 1, 0)
-  return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation=config.attention, **causal)
-
-
-def _attended_capped(
-  query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, config: DecoderConfig
-) -> jax.Array:
-  """The same with a soft cap between products and softmax, which `dot_product_attention` has no place for."""
-  kind = jnp.promote_types(query.dtype, jnp.float32)
-  grouped = query.reshape(*query.shape[:2], config.kv_heads, -1, config.head_width)
-  scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=kind)
-  assert mask is not None
-  scores = jnp.where(mask[:, :, None], _capped(scores, config.attention_soft_cap), jnp.finfo(kind).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
-
-
-def _masks(
-  config: DecoderConfig, positions: jax.Array, segments: jax.Array | None, seen: Mapping[str, jax.Array] | None
-) -> tuple[Mask, Mask]:
-  """What a query sees of the keys: in a layer without a window, and in one with it."""
-  plain = segments is None and seen is None and len(set(config.sliding)) == 1
-  if plain and config.attention_soft_cap is None:
-    return None, None  # causal, which attention knows how to do without an array
-  length = positions.shape[1]
-  rows = jnp.arange(length) if seen is None else seen["index"] - length + jnp.arange(length)
-  key_positions, key_segments = (positions, segments) if seen is None else (seen["positions"], seen["segments"])
-  mask = jnp.arange(key_positions.shape[1]) <= rows[:, None]
-  if key_segments is not None:
-    own = jnp.ones_like(positions) if segments is None else segments
-    mask = mask & (own[:, :, None] == key_segments[:, None]) & (key_segments != 0)[:, None]
-  near = mask if config.window is None else mask & (positions[:, :, None] - key_positions[:, None] < config.window)
-  expand = lambda mask: jnp.expand_dims(mask, tuple(range(4 - mask.ndim)) if mask.ndim < 3 else 1)
-  return expand(mask), expand(near)
-
-
-def _places(
-  batch: Mapping[str, Any], tokens: jax.Array, cache: Mapping[str, jax.Array] | None
-) -> tuple[jax.Array, jax.Array | None]:
-  """Positions and segments of the tokens; segments only where there are some to keep apart."""
-  segments = None if "segments" not in batch else jnp.asarray(batch["segments"]).astype(jnp.int32)
-  counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-  if "positions" in batch:
-    positions = jnp.asarray(batch["positions"]).astype(jnp.int32)
-  elif cache is not None:
-    positions = counted + cache["index"]
-  elif segments is None:
-    positions = counted
-  else:
-    starts = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-    positions = counted - jax.lax.cummax(jnp.where(starts, counted, 0), axis=1)
-  return positions, segments
-
-
-def _extended(cache: Mapping[str, jax.Array], positions: jax.Array, segments: jax.Array | None) -> dict[str, jax.Array]:
-  """The cache with the places of further tokens; their keys and values follow layer by layer."""
-  shape = (cache["positions"].shape[0], positions.shape[1])
-  add = lambda old, new: jax.lax.dynamic_update_slice(old, jnp.broadcast_to(new, shape), (0, cache["index"]))
-  return {
-    **cache,
-    "positions": add(cache["positions"], positions),
-    "segments": add(cache["segments"], jnp.ones((), jnp.int32) if segments is None else segments),
-    "index": cache["index"] + positions.shape[1],
-  }
+  return capped(logits, config.logit_soft_cap)
 
 
 def _checked(batch: Mapping[str, Any], config: DecoderConfig) -> tuple[jax.Array, Mapping[str, jax.Array] | None]:
