@@ -10,6 +10,7 @@ __version__ = "0.1.0"  # the one place; setup.cfg reads it
 
 __all__ = [
   "balancing",
+  "command",
   "coupling",
   "data",
   "export",
@@ -29,6 +30,7 @@ __all__ = [
 if TYPE_CHECKING:
   from kdflax import (
     balancing,
+    command,
     coupling,
     data,
     export,

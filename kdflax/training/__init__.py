@@ -3,7 +3,7 @@
 from kdflax.files import DiskFull, digest, write_atomically
 from kdflax.model import named_key
 from kdflax.training import metrics
-from kdflax.training.checkpoints import Checkpoints
+from kdflax.training.checkpoints import Checkpoints, read_checkpoint
 from kdflax.training.evaluation import apply_models, evaluate_dataset, make_eval_step, predict
 from kdflax.training.finite import Diverged
 from kdflax.training.guard import (
@@ -53,6 +53,7 @@ __all__ = [
   "named_key",
   "place_batch",
   "predict",
+  "read_checkpoint",
   "replicated",
   "starting_from",
   "stop_on_signals",

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,6 +37,34 @@ class Restored(NamedTuple):
   step: int
   arrays: PyTree
   extra: dict[str, Any]
+  metrics: dict[str, Any] | None = None
+
+
+def read_checkpoint(directory: str | pathlib.Path) -> Restored:
+  """Reads one checkpoint without a program that fits it, and verifies it; writes nothing, so a run may go on beside it.
+
+  Args:
+    directory: of one step, such as `runs/example/checkpoints/100`.
+
+  Returns:
+    The checkpoint, with its arrays on the first device as nested dicts and lists, and the metrics if it has some.
+
+  Raises:
+    ValueError: if it is not as it was saved.
+    OSError: if it cannot be read.
+  """
+  directory = pathlib.Path(directory).absolute()
+  if not (directory / "_CHECKPOINT_METADATA").is_file():
+    raise ValueError(f"{directory} is no checkpoint; name the folder of a step, such as checkpoints/100")
+  metadata = ocp.checkpointables_metadata(str(directory))
+  document = _verified_document(metadata, int(directory.name) if directory.name.isdigit() else None)
+  abstract = jax.tree.map(_abstract, metadata.metadata["state"])
+  arrays = ocp.load_checkpointables(str(directory), {"state": abstract})["state"]
+  found = {_names(path): digest for path, digest in digests(arrays).items()}
+  saved = {_names(p): d for p, d in document["digests"].items() if not _is_empty(document["shapes"][p])}
+  if changed := sorted("/".join(path) for path in found.keys() | saved if found.get(path) != saved.get(path)):
+    raise ValueError(f"arrays are not as they were saved: {', '.join(changed)}")
+  return Restored(document["step"], arrays, document["extra"], document.get("metrics"))
 
 
 class Checkpoints:
@@ -210,13 +239,7 @@ class Checkpoints:
     Raises:
       Exception: of any kind, as the file may hold anything.
     """
-    document = dict(self._orbax.checkpointables_metadata(step).custom_metadata or {})
-    claimed = document.pop("digest", None)
-    if claimed != digest_of_text(json.dumps(document, sort_keys=True)):
-      raise ValueError("its metadata are not as they were saved")
-    if document.get("step", step) != step:
-      raise ValueError(f"it was saved as step {document['step']}; give the directory that name again")
-    return document
+    return _verified_document(self._orbax.checkpointables_metadata(step), step)
 
   def _verified(self, step: int, like: PyTree) -> Restored:
     document = self._document(step)
@@ -277,6 +300,27 @@ class _Keep(ocp.training.preservation_policies.PreservationPolicy):
     steps = [checkpoint.step for checkpoint in checkpoints]
     kept = self._of(sorted(steps))
     return [step in kept for step in steps]
+
+
+def _verified_document(metadata: Any, step: int | None) -> dict[str, Any]:
+  """What was saved beside the arrays, if it is as it was saved and of this step."""
+  document = dict(metadata.custom_metadata or {})
+  claimed = document.pop("digest", None)
+  if claimed != digest_of_text(json.dumps(document, sort_keys=True)):
+    raise ValueError("its metadata are not as they were saved")
+  if step is not None and document.get("step", step) != step:
+    raise ValueError(f"it was saved as step {document['step']}; give the directory that name again")
+  return document
+
+
+def _names(path: str) -> tuple[str, ...]:
+  """The names in a path of JAX, whether an attribute or a key: what was a NamedTuple comes back as a dict."""
+  return tuple(a or b or c for a, b, c in re.findall(r"\['([^']*)'\]|\.(\w+)|\[(\d+)\]", path))
+
+
+def _is_empty(shape: str) -> bool:
+  """Whether an array such as `float32[3, 0]` has no elements, so that Orbax did not write it."""
+  return re.search(r"[\[ ]0[,\]]", shape) is not None
 
 
 def _highest(scores: Mapping[int, float], steps: Sequence[int]) -> int | None:
