@@ -161,17 +161,22 @@ def gradient_rows(sizes, repeats):
       _, per_task = balancing.task_gradients(lambda p: losses_fn(p, head, inputs), trunk, batch_size=batch_size)
       return balancing.combine(per_task, balancing.mgda(balancing.gramian(per_task)))
 
+    def by_layer(trunk, head, inputs):
+      _, products, pullback = balancing.task_gramian(lambda p: losses_fn(p, head, inputs), trunk)
+      return pullback(balancing.mgda(products))
+
     arrays = [jnp.asarray(w) for w in weights[:-1]], jnp.asarray(weights[-1]), jnp.asarray(inputs)
     functions, memory = {}, {}
-    for label, batch_size in (("kdflax vmap", None), ("kdflax map", 1)):
-      compiled = jax.jit(functools.partial(step, batch_size=batch_size)).lower(*arrays).compile()
+    steps = {"kdflax vmap": step, "kdflax map": functools.partial(step, batch_size=1), "kdflax by layer": by_layer}
+    for label, function in steps.items():
+      compiled = jax.jit(function).lower(*arrays).compile()
       functions[label] = lambda compiled=compiled, arrays=arrays: jax.block_until_ready(compiled(*arrays))
       memory[label] = extra_memory(compiled)
 
     functions["torchjd"] = torch_gradients(tasks)
     memory["torchjd"] = peak_of_a_step(torch_gradients, (tasks,), (2, 4))
     times = time_interleaved(functions, repeats=repeats)
-    best = min(times["kdflax vmap"][0], times["kdflax map"][0])
+    best = min(times[label][0] for label in steps)
     rows.append(
       {"T": tasks}
       | {f"{label} ms": times[label][0] for label in functions}

@@ -25,6 +25,7 @@ from kdflax.balancing.gradients import (
   per_group,
   representation_gradients,
   task_gradients,
+  task_gramian,
 )
 from kdflax.balancing.preferences import cosmos, pbi
 from kdflax.balancing.rows import Pullback, RowsUpdate, init_rows, update_rows
@@ -79,6 +80,7 @@ __all__ = [
   "smooth_tchebycheff",
   "smoothed",
   "task_gradients",
+  "task_gramian",
   "trimmed_mean",
   "uncertainty",
   "update_rows",

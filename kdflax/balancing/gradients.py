@@ -76,6 +76,47 @@ def task_gradients(
   """
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+  losses, pullback, aux = _losses_and_pullback(losses_fn, params, has_aux)
+  (gradients,) = pull_back(pullback, jnp.eye(losses.shape[0], dtype=losses.dtype), batch_size)
+  return (losses, gradients, aux) if has_aux else (losses, gradients)
+
+
+def task_gramian(
+  losses_fn: Callable[..., Any], params: PyTree, *, has_aux: bool = False
+) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], PyTree]] | tuple[Any, ...]:
+  """Return the losses of all tasks, the Gramian of their gradients, and the way back for its weights.
+
+  For methods that weigh the tasks by their Gramian, without the memory of T gradients: the gradients of a layer end in
+  their inner products as soon as the backward pass has left it, and one more pass back gives the weighted sum:
+  `losses, products, pullback = task_gramian(f, params); gradient = pullback(mgda(products))`. Layers that run in a
+  `lax.scan` give their gradients together at its end, so there it saves nothing.
+
+  Args:
+    losses_fn: as in `task_gradients`.
+    params: pytree of floating-point arrays.
+    has_aux: whether `losses_fn` returns anything beside the losses.
+
+  Returns:
+    `(losses, gramian, pullback)`, or `(losses, gramian, pullback, aux)`: losses `[T]`, gramian `[T, T]`, and `pullback`
+    from weights `[T]` to a pytree like `params`, the gradient of the weighted sum.
+
+  Raises:
+    ValueError: as `task_gradients`.
+
+  Examples:
+    >>> losses, products, pullback = task_gramian(lambda w: jnp.stack([w.sum(), (w**2).sum()]), jnp.array([1.0, 2.0]))
+    >>> print(products, pullback(jnp.array([1.0, 0.5])))
+    [[ 2.  6.]
+     [ 6. 20.]] [2. 3.]
+  """
+  losses, pullback, aux = _losses_and_pullback(losses_fn, params, has_aux)
+  products = gramian(pull_back(pullback, jnp.eye(losses.shape[0], dtype=losses.dtype), None))
+  back = lambda weights: pullback(weights.astype(losses.dtype))[0]
+  return (losses, products, back, aux) if has_aux else (losses, products, back)
+
+
+def _losses_and_pullback(losses_fn: Callable[..., Any], params: PyTree, has_aux: bool) -> tuple[Any, Any, Any]:
+  """Checks the params, and runs forward."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       name = jax.tree_util.keystr(path) or "params"
@@ -83,14 +124,12 @@ def task_gradients(
         f"params must be floating point; {name} has dtype {jnp.result_type(leaf)}; close over the others"
       )
 
-  def stacked(params):
+  def stacked(params: PyTree) -> tuple[jax.Array, Any]:
     out = losses_fn(params)
     losses, aux = out if has_aux else (out, None)
     return stack_losses(losses), aux
 
-  losses, pullback, aux = jax.vjp(stacked, params, has_aux=True)
-  (gradients,) = pull_back(pullback, jnp.eye(losses.shape[0], dtype=losses.dtype), batch_size)
-  return (losses, gradients, aux) if has_aux else (losses, gradients)
+  return jax.vjp(stacked, params, has_aux=True)
 
 
 def pull_back(pullback: Callable[[jax.Array], PyTree], basis: jax.Array, batch_size: int | None) -> PyTree:

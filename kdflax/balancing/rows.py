@@ -65,6 +65,7 @@ def update_rows(
   key: jax.Array | None = None,
   weigh_own: bool = True,
   batch_size: int | None = None,
+  hold_gradients: bool = True,
   axis_name: AxisName = None,
 ) -> RowsUpdate:
   """Make one gradient of the rows.
@@ -85,6 +86,8 @@ def update_rows(
       Combiner gives no weights, so with one it is always the plain sum.
     batch_size: where a method reads whole gradients, how many rows go back at a time; all when None, see
       `task_gradients`. Static.
+    hold_gradients: where a method reads the Gramian, whether the gradients of all rows are kept until they are weighed
+      (True), or only their products, and one more pass back makes the weighted sum: see `task_gramian`. Static.
     axis_name: mapped axis of `pmap` or `shard_map` to average gradients over, before they are combined: combining is
       not linear.
 
@@ -107,13 +110,16 @@ def update_rows(
     return _kept_if_finite(RowsUpdate(shared, own, next_state, weights, present), state)
   gradients = pull_back(lambda row: pull(row)[0], jnp.diag(present), batch_size)
   present = present & finite_tasks(gradients)
-  gradients = select_tasks(gradients, present)
   if balancer.needs == "gradients":
+    gradients = select_tasks(gradients, present)
     shared, next_state = balancer.update(losses, gradients, state, key=key, present=present)
     return _kept_if_finite(RowsUpdate(shared, pull(present)[1], next_state, None, present), state)
-  weights, next_state = balancer.update(losses, state, gramian=gramian(gradients), key=key, present=present)
-  shared = combine(gradients, weights, present=present)
-  _, own = pull(weights if weigh_own else present)
+  # A product of two rows is finite where both are: masked here, no gradient waits until all others have been seen.
+  products = jnp.where(present[:, None] & present, gramian(gradients), 0)
+  weights, next_state = balancer.update(losses, state, gramian=products, key=key, present=present)
+  shared, own = pull(weights)
+  shared = combine(gradients, weights, present=present) if hold_gradients else shared
+  own = own if weigh_own else pull(present)[1]
   return _kept_if_finite(RowsUpdate(shared, own, next_state, weights, present), state)
 
 

@@ -60,10 +60,15 @@ def checked_rows(rows: Mapping[str, Sequence[str]] | None, terms: Mapping[str, T
   return {name: tuple(row) for name, row in rows.items()}
 
 
-def check_batch_size(batch_size: int | None) -> None:
-  """Refuses to send back no row at a time."""
+def check_batch_size(batch_size: int | None, hold_gradients: bool) -> None:
+  """Refuses to send back no row at a time, or a few at a time whose gradients are not held."""
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+  if batch_size is not None and not hold_gradients:
+    raise ValueError(
+      f"batch_size={batch_size} holds the gradients of the rows that went back before; leave it out with"
+      " hold_gradients=False"
+    )
 
 
 def check_parts(accumulate: int, terms: Mapping[str, Term]) -> None:

@@ -55,6 +55,7 @@ class _Program(NamedTuple):
   shared: str | None
   weigh_own: bool
   batch_size: int | None
+  hold_gradients: bool
   skip_not_finite: bool
   accumulate: int
   sample: Sample | None
@@ -73,6 +74,7 @@ def make_learner(
   shared: str | None = None,
   weigh_own: bool = True,
   batch_size: int | None = None,
+  hold_gradients: bool = True,
   skip_not_finite: bool = False,
   accumulate: int = 1,
   sample: Sample | None = None,
@@ -111,6 +113,9 @@ def make_learner(
     batch_size: for a balancer or Combiner that looks at the gradient of each row: how many rows go back at a time. All
       by default, which is fastest and takes the memory of as many backward passes as there are rows; with 1 it is that
       of one, as in `balancing.task_gradients`.
+    hold_gradients: for a balancer that looks at the Gramian of the rows: whether the gradients of all rows are kept
+      until they are weighed. With False only their products are, layer by layer, and one more pass back makes the
+      weighted sum: with many rows the memory of a few passes instead of one for each (`balancing.task_gramian`).
     skip_not_finite: whether an update is left out whose gradient is not finite, or that would make something of the
       state so that was finite: params, statistics, optimizer, balancer and averages stay as they are, and only the
       number of steps moves. The metric `skipped` is 1 then, and the others do not count that step.
@@ -130,13 +135,14 @@ def make_learner(
   Raises:
     ValueError: if a row names an unknown term or leaves one out, an average follows a model that is unknown or not
       trained or its decay is not in [0, 1], a penalty has the name of a term or a negative weight, a model has a name
-      that no path can hold, `batch_size` or `accumulate` < 1, a loss compares examples that are to be accumulated, or
+      that no path can hold, `batch_size` or `accumulate` < 1, `batch_size` is given with
+      `hold_gradients=False`, a loss compares examples that are to be accumulated, or
       (at trace time) a context path does not exist, arrays do not fit a loss, a penalty is no scalar, a frozen or
       averaged model reads a trained one, nothing trains a model that is not frozen, an average is of another shape than
       what it follows, an optimizer accumulates by itself where that is another update or evaluates the objective anew,
       a batch does not split into equal parts, or a step is given other frozen models than `init` was.
   """
-  checks.check_batch_size(batch_size)
+  checks.check_batch_size(batch_size, hold_gradients)
   checks.check_parts(accumulate, terms)
   program = _Program(
     checks.checked_models(models),
@@ -149,6 +155,7 @@ def make_learner(
     shared,
     weigh_own,
     batch_size,
+    hold_gradients,
     skip_not_finite,
     accumulate,
     sample,
@@ -220,6 +227,7 @@ def _step(
     key=named_key(key, "balancer"),
     weigh_own=program.weigh_own,
     batch_size=program.batch_size,
+    hold_gradients=program.hold_gradients,
     axis_name=program.axis_name,
   )
   gradient = merge(update.shared, update.own)

@@ -45,6 +45,39 @@ def test_one_forward_pass():
   assert len(calls) == 1
 
 
+def test_task_gramian_is_that_of_the_gradients_and_takes_its_weights_back():
+  losses, products, pullback, aux = balancing.task_gramian(lambda p: (losses_fn(p), 7), PARAMS, has_aux=True)
+  expected, gradients = balancing.task_gradients(losses_fn, PARAMS)
+  weights = jnp.array([0.5, 2.0, -1.0])
+  assert aux == 7
+  assert_close(losses, expected, 1e-6)
+  assert_close(products, flat(gradients) @ flat(gradients).T, 1e-6)
+  jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), pullback(weights), balancing.combine(gradients, weights))
+
+
+def test_task_gramian_holds_the_gradients_of_few_layers():
+  """Eight tasks over eight layers, in temporary memory as the compiler plans it: of 64 gradients of a layer."""
+  layers, heads = [jnp.zeros((128, 128))] * 8, jnp.zeros((128, 8))
+
+  def losses_fn(layers):
+    hidden = jnp.ones((16, 128))
+    for kernel in layers:
+      hidden = jnp.tanh(hidden @ kernel)
+    return jax.nn.softplus(hidden @ heads).mean(0)
+
+  def held(layers):
+    _, gradients = balancing.task_gradients(losses_fn, layers)
+    return balancing.combine(gradients, jnp.diagonal(balancing.gramian(gradients)))
+
+  def passed(layers):
+    _, products, pullback = balancing.task_gramian(losses_fn, layers)
+    return pullback(jnp.diagonal(products))
+
+  extra = lambda f: jax.jit(f).lower(layers).compile().memory_analysis().temp_size_in_bytes / layers[0].nbytes
+  assert extra(held) > 64
+  assert extra(passed) < 32
+
+
 def test_losses_by_name_are_sorted_whether_jitted_or_not():
   def named(params):
     first, second, third = losses_fn(params)

@@ -71,11 +71,11 @@ def test_a_row_that_is_not_finite_is_absent(name):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(each))
 
 
-@pytest.mark.parametrize("weigh_own", [True, False])
-def test_rows_alone_follow_the_same_weights_as_rows_together(weigh_own):
-  """Without vmap, with the own params weighed or not: the rescue is the update of the healthy rows."""
+@pytest.mark.parametrize("options", [{}, {"weigh_own": False}, {"hold_gradients": False}])
+def test_rows_alone_follow_the_same_weights_as_rows_together(options):
+  """Without vmap, however the gradients are weighed: the rescue is the update of the healthy rows."""
   for balancer in (BALANCERS["fixed"], BALANCERS["mgda"]):
-    update = jax.jit(lambda batch, present, balancer=balancer: updated(balancer, batch, present, weigh_own=weigh_own))
+    update = jax.jit(lambda batch, present, balancer=balancer: updated(balancer, batch, present, **options))
     absent = update(*CASES["absent"])
     for case in ("shared gradient", "own gradient"):
       jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), update(*CASES[case]), absent)
@@ -96,6 +96,11 @@ def test_all_rows_lost_give_no_update():
     update = updated(BALANCERS[name], batch, jnp.array([False, True, False]))
     assert not update.present.any()
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((update.shared, update.own)))
+
+
+def test_gradients_that_are_not_held_give_the_same_update():
+  one, other = (updated(BALANCERS["mgda"], *CASES["healthy"], hold_gradients=hold) for hold in (True, False))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), one, other)
 
 
 def test_what_each_needs():

@@ -240,6 +240,7 @@ def test_what_stands_for_a_missing_label_does_not_matter(balancer):
       for decay in (99, -1, float("nan"))
     ),
     ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+    ({"batch_size": 1, "hold_gradients": False}, "batch_size=1 holds the gradients"),
   ],
 )
 def test_mistakes_in_the_settings_are_found_when_they_are_made(options, message):
@@ -406,6 +407,24 @@ def test_rows_that_go_back_a_few_at_a_time_give_the_same_update(frozen, name, si
   _assert_close((after.params, same), (expected.params, metrics), rtol=1e-4)
   loops = lambda learner: str(jax.make_jaxpr(learner.step)(state, _batch(), frozen)).count("scan[")
   assert (loops(apart) > loops(together)) == (size < len(TERMS))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_that_are_not_held_give_the_same_update(frozen, accumulate):
+  make = functools.partial(
+    training.make_learner,
+    NETWORK,
+    TERMS,
+    optax.sgd(RATE),
+    balancer=BALANCERS["gramian"],
+    shared=SHARED,
+    accumulate=accumulate,
+  )
+  held, passed = make(), make(hold_gradients=False)
+  state = _init(held, frozen)
+  expected, metrics = jax.jit(held.step)(state, _batch(), frozen)
+  after, same = jax.jit(passed.step)(state, _batch(), frozen)
+  _assert_close((after.params, same), (expected.params, metrics), rtol=1e-4)
 
 
 def _counting():
