@@ -2,7 +2,7 @@
 
 from kdflax.model import Model
 from kdflax.models.adapters import count_bytes, count_parameters, from_linen, from_nnx
-from kdflax.models.composition import compose, stacked, unstack
+from kdflax.models.composition import compose, stacked, starting_from, unstack
 from kdflax.models.connectors import (
   conv_connector,
   embedding_connector,
@@ -73,6 +73,7 @@ __all__ = [
   "save_pretrained",
   "soft_sharing",
   "stacked",
+  "starting_from",
   "task_head",
   "temperature",
   "translator",

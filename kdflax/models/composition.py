@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from kdflax.model import Model, Outputs, PyTree, named_key, read
 from kdflax.models.boundary import shapes
@@ -76,6 +77,38 @@ def compose(forward: Forward) -> Model:
     return forward(run, batch), after
 
   return Model(init, apply)
+
+
+def starting_from(model: Model, variables: tuple[PyTree, PyTree]) -> Model:
+  """Give a model the params that its training starts from, as those of a checkpoint.
+
+      student = models.starting_from(read.model, read.variables)
+
+  A learner copies them, so they are there after its steps as well. Initialise outside of `jit`, which would compile
+  them into its program.
+
+  Args:
+    model: any model.
+    variables: its (params, state), whose dtypes may be others than those of its `init`.
+
+  Returns:
+    The model, whose `init` returns these whatever the key.
+
+  Raises:
+    ValueError: from `init`, if the variables are not of the structure and the shapes that the model itself makes.
+  """
+
+  def init(key: jax.Array, example: Any) -> tuple[PyTree, PyTree]:
+    named = lambda tree: {name_of(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+    parts = dict(zip(("params", "state"), jax.eval_shape(model.init, key, example), strict=True))
+    expected, given = named(parts), named(dict(zip(parts, variables, strict=True)))
+    differing = [name for name in sorted(expected | given) if expected.get(name) != given.get(name)]
+    if differing:
+      pairs = [f"{name} is {given.get(name)}, the model makes {expected.get(name)}" for name in differing[:5]]
+      raise ValueError(f"variables do not fit the model in {len(differing)} places: {'; '.join(pairs)}")
+    return variables
+
+  return model._replace(init=init)
 
 
 def stacked(model: Model, copies: int, *, own_inputs: bool = False) -> Model:

@@ -172,6 +172,11 @@ class DecoderConfig:
     object.__setattr__(self, "sliding", tuple(map(bool, self.sliding)))
     self._check()
 
+  @property
+  def head_name(self) -> str:
+    """Where the head lies in the params: a Term reads it at `f"params.student.{config.head_name}"`."""
+    return "embedding" if self.tied else "head"
+
   def _check(self) -> None:
     check_widths(
       kv_heads=[self.kv_heads], head_width=[self.head_width], mlp_width=[self.mlp_width], max_length=[self.max_length]

@@ -319,3 +319,15 @@ def test_mistakes_are_named_when_a_model_is_made(make, message):
 def test_mistakes_are_named_when_a_model_meets_data(model, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(model.init, KEY, BATCH)
+
+
+def test_a_training_starts_from_given_variables():
+  model, batch = models.mlp((4,), 3), {"image": jnp.ones((2, 5))}
+  variables = model.init(jax.random.key(7), batch)
+  started = models.starting_from(model, variables)
+  assert started.init(jax.random.key(0), batch) is variables
+  assert started.apply is model.apply and started.inputs == model.inputs
+  with pytest.raises(ValueError, match=r"in 1 places: params/hidden/0/kernel is \(5, 4\), the model makes \(6, 4\)"):
+    started.init(jax.random.key(0), {"image": jnp.ones((2, 6))})
+  with pytest.raises(ValueError, match=r"state/count is \(\), the model makes None"):
+    models.starting_from(model, (variables[0], {"count": jnp.zeros(())})).init(jax.random.key(0), batch)
