@@ -15,10 +15,11 @@ from kdflax.training.guard import (
   stop_on_sigterm,
   use_compile_cache,
 )
-from kdflax.training.learner import Learner, learner, make_learner, make_train_step
+from kdflax.training.learner import Learner, init_state, learner, make_learner, make_train_step
 from kdflax.training.loop import Evaluation, Logging, Saving, fit
-from kdflax.training.mesh import make_mesh, place_batch, replicated
+from kdflax.training.mesh import make_mesh, replicated
 from kdflax.training.run import MetricsLog, RunDirectory, RunDirectoryError
+from kdflax.training.sharding import Layout, Rule, Split, fsdp, place_batch, place_frozen, tensor_parallel
 from kdflax.training.stages import starting_from, train_stages
 from kdflax.training.state import Average, Penalty, TrainState
 
@@ -30,19 +31,24 @@ __all__ = [
   "Diverged",
   "Evaluation",
   "ExitCode",
+  "Layout",
   "Learner",
   "Logging",
   "MetricsLog",
   "Penalty",
   "Preempted",
+  "Rule",
   "RunDirectory",
   "RunDirectoryError",
   "Saving",
+  "Split",
   "TrainState",
   "apply_models",
   "digest",
   "evaluate_dataset",
   "fit",
+  "fsdp",
+  "init_state",
   "learner",
   "main_guard",
   "make_eval_step",
@@ -52,12 +58,14 @@ __all__ = [
   "metrics",
   "named_key",
   "place_batch",
+  "place_frozen",
   "predict",
   "read_checkpoint",
   "replicated",
   "starting_from",
   "stop_on_signals",
   "stop_on_sigterm",
+  "tensor_parallel",
   "train_stages",
   "use_compile_cache",
   "write_atomically",

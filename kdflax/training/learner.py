@@ -19,6 +19,7 @@ from kdflax.training import checks
 from kdflax.training.forward import init_models, run_fixed, run_trained, start_context
 from kdflax.training.mesh import replicated
 from kdflax.training.passes import Passes, Rows, pass_in_parts, pass_whole, split_batch
+from kdflax.training.sharding import Layout, laid_out, pin_batch, pin_gradient, pin_state
 from kdflax.training.state import Average, Penalty, TrainState
 from kdflax.training.update import followed, follower, over_devices, penalize, unless_spoilt, widened
 
@@ -35,11 +36,13 @@ class Learner(NamedTuple):
   """A training program as a pair of pure functions, to be jitted, vmapped over seeds or scanned.
 
   `init(key, data, frozen) -> TrainState` and `step(state, data, frozen) -> (TrainState, metrics)`, where `frozen` holds
-  (params, state) of the models that are not trained, and `data` is a batch (or what `sample` draws one from).
+  (params, state) of the models that are not trained, and `data` is a batch (or what `sample` draws one from). `follows`
+  names the source of each average, for a `Layout`: make another learner of this one by `learner._replace(step=...)`.
   """
 
   init: Callable[..., TrainState]
   step: Callable[..., tuple[TrainState, Metrics]]
+  follows: Mapping[str, str] | None = None
 
 
 class _Program(NamedTuple):
@@ -161,7 +164,8 @@ def make_learner(
     sample,
     axis_name,
   )
-  return Learner(functools.partial(_init, program), functools.partial(_step, program))
+  follows = {name: average.source for name, average in program.averages.items()}
+  return Learner(functools.partial(_init, program), functools.partial(_step, program), follows)
 
 
 def learner(*args: Any, **options: Any) -> Learner:
@@ -217,11 +221,11 @@ def _step(
   checks.check_variables(program.models, state, frozen)
   key = jax.random.fold_in(state.key, state.step)
   batch = data if program.sample is None else program.sample(data, named_key(state.key, "data"), state.step)
-  losses, pullback, present, states, metrics = _passes(program, state, batch, frozen, key)
+  losses, pullback, present, states, metrics = _passes(program, state, pin_batch(batch), frozen, key)
   update = balancing.update_rows(
     program.balancer,
     losses,
-    pullback,
+    lambda weights: pin_gradient(pullback(weights)),
     present,
     state.balancer_state,
     key=named_key(key, "balancer"),
@@ -235,7 +239,7 @@ def _step(
   metrics |= _row_metrics(program, update)
   if program.penalties:
     cost, slope, costs = penalize(program.penalties, state.params, state.step)
-    value, gradient = value + cost, jax.tree.map(jnp.add, gradient, slope)
+    value, gradient = value + cost, jax.tree.map(jnp.add, gradient, pin_gradient(slope))
     metrics |= costs
   optimizer = optax.with_extra_args_support(program.optimizer)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, value=value, grad=gradient)
@@ -303,25 +307,64 @@ def _row_metrics(program: _Program, update: balancing.RowsUpdate) -> Metrics:
   }
 
 
+def init_state(
+  learner: Learner, key: jax.Array, data: PyTree, frozen: Variables | None = None, *, layout: Layout
+) -> TrainState:
+  """Makes the state that training starts from under a layout: each device draws its own part, and none holds all.
+
+  Args:
+    learner: the program.
+    key: as of `learner.init`, as are `data` and `frozen`; the values are those that it makes.
+    data: a batch, or what the learner samples from.
+    frozen: (params, state) of the models that are not trained, see `place_frozen`.
+    layout: where everything goes.
+
+  Returns:
+    The state, for `make_train_step(learner, layout=layout)`.
+
+  Raises:
+    ValueError: as `learner.init` does, or if a rule does not fit.
+  """
+
+  def init(key: jax.Array, data: PyTree, *frozen: Variables) -> TrainState:
+    return pin_state(learner.init(key, data, *frozen), layout, learner.follows)
+
+  return jax.jit(init)(key, data, *(() if frozen is None else (frozen,)))
+
+
 def make_train_step(
-  learner: Learner, *, mesh: Mesh | None = None, steps_per_call: int = 1
+  learner: Learner, *, mesh: Mesh | None = None, layout: Layout | None = None, steps_per_call: int = 1
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Compiles a learner's step: one jitted function that donates the state it is given.
 
   Args:
     learner: the program; a vmapped step (several seeds) is welcome.
     mesh: devices to run on. The state comes back replicated; batches keep the sharding they have (`place_batch`).
+    layout: what is sharded how, in place of a mesh, for a state of `init_state`. The state comes back as it came, a
+      batch is spread over the devices wherever it comes from, and gradients lie where their params do.
     steps_per_call: updates in one dispatch, by `lax.scan` over the same data; needs a learner that samples. Pays on an
       accelerator; on a CPU with convolutions it costs.
 
   Returns:
     `step(state, data, frozen=None) -> (state, metrics)`, the metrics added up over the updates of the call.
+
+  Raises:
+    ValueError: if there are both a mesh and a layout.
   """
+  if mesh is not None and layout is not None:
+    raise ValueError("a layout has a mesh already; give make_train_step one of mesh and layout")
+
+  def step(state: TrainState, data: PyTree, *frozen: Variables | None) -> tuple[TrainState, Metrics]:
+    if layout is None:
+      return learner.step(state, data, *frozen)
+    with laid_out(layout):
+      state, metrics = learner.step(state, data, *frozen)
+    return pin_state(state, layout, learner.follows), jax.lax.with_sharding_constraint(metrics, replicated(layout.mesh))
 
   def call(state: TrainState, data: PyTree, *frozen: Variables | None) -> tuple[TrainState, Metrics]:
     if steps_per_call == 1:
-      return learner.step(state, data, *frozen)
-    state, metrics = jax.lax.scan(lambda s, _: learner.step(s, data, *frozen), state, length=steps_per_call)
+      return step(state, data, *frozen)
+    state, metrics = jax.lax.scan(lambda s, _: step(s, data, *frozen), state, length=steps_per_call)
     return state, jax.tree.map(lambda x: x.sum(0), metrics)
 
   return jax.jit(call, donate_argnums=0, out_shardings=None if mesh is None else replicated(mesh))

@@ -38,18 +38,3 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: list[Any] | None =
 def replicated(mesh: Mesh) -> NamedSharding:
   """One copy on every device."""
   return NamedSharding(mesh, P())
-
-
-def place_batch(batch: Any, mesh: Mesh, axis: str = "data") -> Any:
-  """Puts a batch on the mesh, its first axis split over `axis`.
-
-  Raises:
-    ValueError: if the batch size is not a multiple of the axis.
-  """
-  size = mesh.shape[axis]
-  for path, leaf in jax.tree.leaves_with_path(batch):
-    if np.ndim(leaf) == 0 or len(leaf) % size:
-      raise ValueError(
-        f"batch{jax.tree_util.keystr(path)} of shape {np.shape(leaf)} does not split over {size} devices"
-      )
-  return jax.device_put(batch, NamedSharding(mesh, P(axis)))

@@ -1,0 +1,225 @@
+"""Layouts: every array where its rule says, the compiled step without a gathered gradient, the one-device result."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kdflax import balancing, losses, methods, models, training
+from kdflax.numerics.trees import name_of
+from kdflax.objectives import Term
+
+CLASSES, WIDTH, EXAMPLES = 10, 32, 64
+MESHES = {"8": {"data": 8}, "4x2": {"data": 4, "model": 2}}
+
+
+def _batch(size=21, seed=0):
+  """A last batch: masked, and of a size that eight devices do not divide."""
+  random = np.random.default_rng(seed)
+  return {
+    "image": random.normal(size=(size, WIDTH)).astype(np.float32),
+    "label": random.integers(CLASSES, size=size).astype(np.int32),
+    "index": random.permutation(EXAMPLES)[:size].astype(np.int32),
+    "where": np.arange(size) % 5 != 2,
+  }
+
+
+@functools.cache
+def _richest():
+  """Relations between all examples, a memory of all, a Gramian of the rows, an average, a penalty, clipping."""
+  student, teacher = models.mlp((64,), CLASSES), models.mlp((128,), CLASSES)
+  crd = methods.crd(methods.pair(student, teacher, _batch()), num_examples=EXAMPLES, width=WIDTH, negatives=16)
+  network = {"student": student, "teacher": teacher, "mean": student, **crd.models}
+  logits = {"logits": "student.logits", "labels": "batch.label", "where": "batch.where"}
+  embeddings = {"student": "student.embedding", "teacher": "teacher.embedding", "where": "batch.where"}
+  followed = {"student_logits": "student.logits", "teacher_logits": "mean.logits", "where": "batch.where"}
+  terms = {
+    "hard": Term(optax.softmax_cross_entropy_with_integer_labels, logits),
+    "relation": Term(losses.rkd_distance, embeddings),
+    "mean": Term(losses.kl_soft_targets, followed),
+    **crd.terms,
+  }
+  return training.make_learner(
+    network,
+    terms,
+    optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01)),
+    averages={"mean": training.Average("student", 0.9)},
+    penalties={"small": training.Penalty(lambda params: jnp.square(params["student"]["head"]["kernel"]).sum(), 0.1)},
+    balancer=balancing.from_weighting(balancing.upgrad),
+    shared="student/hidden",
+  )
+
+
+@functools.cache
+def _frozen():
+  return {"teacher": models.mlp((128,), CLASSES).init(jax.random.key(7), _batch())}
+
+
+def _layout(axes):
+  small = functools.partial(training.fsdp, "data", at_least=64)
+  rules = [("crd/", training.Split("data", 0, at_least=0))]
+  rules += [training.tensor_parallel("model", at_least=64)] if "model" in axes else []
+  return training.Layout(training.make_mesh(axes), [*rules, small()], frozen=[small()])
+
+
+def _train(step, state, place, frozen, num_steps):
+  for seed in range(num_steps):
+    state, metrics = step(state, place(_batch(seed=seed)), frozen)
+  return state._replace(key=0), training.metrics.means(metrics)
+
+
+@functools.cache
+def _one_device(num_steps):
+  learner = _richest()
+  state = learner.init(jax.random.key(0), _batch(), _frozen())
+  return _train(training.make_train_step(learner), state, lambda batch: batch, _frozen(), num_steps)
+
+
+@functools.cache
+def _spread(name):
+  """(layout, step, state, frozen)."""
+  layout = _layout(MESHES[name])
+  frozen = training.place_frozen(_frozen(), layout)
+  step = training.make_train_step(_richest(), layout=layout)
+  init = functools.partial(training.init_state, _richest(), jax.random.key(0), _batch(), frozen, layout=layout)
+  return layout, step, init, frozen
+
+
+def _assert_close(a, b, rtol):
+  compare = lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * max(np.abs(np.asarray(y)).max(), 1e-6))
+  jax.tree.map(compare, a, b)
+
+
+def _specs(tree):
+  return {name_of(p, "/"): leaf.sharding.spec for p, leaf in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_devices_together_are_one_device(name):
+  layout, step, init, frozen = _spread(name)
+  end = _train(step, init(), functools.partial(training.place_batch, mesh=layout), frozen, 3)
+  _assert_close(end, _one_device(3), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_devices_together_are_one_device_after_fifty_steps(name):
+  layout, step, init, frozen = _spread(name)
+  end = _train(step, init(), functools.partial(training.place_batch, mesh=layout), frozen, 50)
+  _assert_close(end, _one_device(50), rtol=1e-3)
+
+
+def test_what_follows_params_lies_where_they_do():
+  layout, step, init, frozen = _spread("4x2")
+  state = init()
+  start = _specs(state)
+  both = P("data", "model")
+  for prefix in ("params/student", "averages/mean", "opt_state/1/0/mu/student", "opt_state/1/0/nu/student"):
+    assert start[f"{prefix}/hidden/0/kernel"] == start[f"{prefix}/head/kernel"] == both
+    assert start[f"{prefix}/hidden/0/bias"] == P("model") and start[f"{prefix}/head/bias"] == P()  # 10 numbers
+  assert start["model_state/crd/student"] == both and start["model_state/crd/student_norm"] == P()
+  assert frozen["teacher"][0]["hidden"]["0"]["kernel"].sharding.spec == P(None, "data")
+  kernel = state.params["student"]["hidden"]["0"]["kernel"]
+  assert {shard.data.shape for shard in kernel.addressable_shards} == {(WIDTH // 4, 64 // 2)}
+  state, _ = step(state, training.place_batch(_batch(), layout), frozen)
+  assert _specs(state) == start
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_no_gradient_and_no_memory_is_gathered(name):
+  """Neither a kernel's gradient, nor those of all four rows, nor the memory of all examples is whole on a device."""
+  layout, step, init, frozen = _spread(name)
+  lowered = step.lower(init(), training.place_batch(_batch(), layout), frozen)
+  gathered = {
+    tuple(map(int, s.split(","))) for s in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", _program(lowered))
+  }
+  assert gathered
+  for shape in ((4, WIDTH, 64), (4, WIDTH * 64), (EXAMPLES, WIDTH), (4, EXAMPLES, WIDTH)):
+    assert shape not in gathered
+
+
+@functools.cache
+def _program(lowered):
+  return lowered.compile().as_text()
+
+
+def test_a_step_is_compiled_once():
+  layout, _, init, frozen = _spread("8")
+  traced = []
+  step = training.make_train_step(_counting(_richest(), traced), layout=layout)
+  state = init()
+  for seed in range(2):
+    state, _ = step(state, training.place_batch(_batch(seed=seed), layout), frozen)
+  assert len(traced) == 1
+
+
+def _counting(learner, traced):
+  def step(state, batch, frozen):
+    traced.append(1)
+    return state._replace(step=state.step + 1), {"count": (jnp.ones(()), jnp.ones(()))}
+
+  return learner._replace(step=step)
+
+
+def _tree(**shapes):
+  return {"net": {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}}
+
+
+def _cut(rules, leading=0, **shapes):
+  """By name, how rules cut the params of one model."""
+  layout = training.Layout(training.make_mesh(MESHES["4x2"]), rules, leading=leading)
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  state = training.TrainState(number, _tree(**shapes), {}, (), (), {}, number)
+  return {name: leaf.spec for name, leaf in layout.of_state(state).params["net"].items()}
+
+
+def test_rules_add_up_and_a_partition_spec_is_the_last_word():
+  shapes = {"kernel": (8, 64, 32), "bias": (32,), "odd": (7, 63), "whole": (64, 64)}
+  rules = [("whole", P()), training.tensor_parallel(at_least=1), training.fsdp(at_least=64)]
+  assert _cut(rules, **shapes) == {
+    "kernel": P(None, "data", "model"), "bias": P("model"), "odd": P(), "whole": P()
+  }  # fmt: skip
+  assert _cut([("kernel", P("model")), training.fsdp(at_least=1)], **shapes)["kernel"] == P("model")
+  assert _cut([training.fsdp(("data", "model"), at_least=1)], **shapes)["kernel"] == P(None, ("data", "model"))
+  assert _cut([training.fsdp(at_least=2**20)], **shapes) == dict.fromkeys(shapes, P())
+  assert _cut([training.fsdp(at_least=2048)], leading=1, kernel=(64, 16, 128)) == {"kernel": P(None, None, "data")}
+
+
+@pytest.mark.parametrize(
+  ("rules", "message"),
+  [
+    ([("nett", P())], r"rules: 'nett' finds nothing.*net/kernel"),
+    ([("kernel", P("data", "rows"))], r"rule 'kernel' names the axes \['rows'\]; the mesh has"),
+    ([training.fsdp("rows")], r"rule '' names the axes \['rows'\]"),
+    ([("kernel", P(None, "data"))], r"net/kernel of shape \[8, 6\] cannot be cut by .* multiple of the devices"),
+    ([("kernel", P(None, None, "data"))], r"net/kernel of shape \[8, 6\] cannot be cut"),
+  ],
+)
+def test_rules_that_do_not_fit_are_refused(rules, message):
+  with pytest.raises(ValueError, match=message):
+    _cut(rules, kernel=(8, 6))
+
+
+def test_states_of_other_shapes_follow_as_far_as_they_go():
+  """Adafactor keeps rows and columns of a square, a combiner a leading axis of tasks."""
+  layout = training.Layout(training.make_mesh(), [training.fsdp(at_least=16)])
+  params = {"net": {"kernel": jnp.zeros((16, 32)), "bias": jnp.zeros((32,))}}
+  opt_state = optax.adafactor(0.1, min_dim_size_to_factor=8).init(params)
+  number, tasks = jnp.int32(0), jax.tree.map(lambda leaf: jnp.zeros((3, *leaf.shape)), params)
+  placed = layout.of_state(training.TrainState(number, params, {}, opt_state, {"mean": tasks}, {}, number))
+  specs = {name_of(p, "/"): leaf.spec for p, leaf in jax.tree.leaves_with_path(placed)}
+  assert specs["balancer_state/mean/net/kernel"] == P(None, None, "data")
+  assert specs["balancer_state/mean/net/bias"] == P(None, "data")
+  assert specs["opt_state/0/v_row/net/kernel"] == specs["opt_state/0/v_col/net/kernel"] == P("data")
+  jax.device_put(opt_state, placed.opt_state)
+
+
+def test_a_mesh_and_a_layout_are_one_too_many():
+  mesh = training.make_mesh()
+  with pytest.raises(ValueError, match="one of mesh and layout"):
+    training.make_train_step(_richest(), mesh=mesh, layout=training.Layout(mesh))
