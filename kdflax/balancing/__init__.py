@@ -1,5 +1,6 @@
 """Balancing several tasks: weights from losses and gradients, each method one function."""
 
+from kdflax.balancing.affinity import group_tasks, task_affinity
 from kdflax.balancing.balancer import Balancer, joint_loss, smoothed
 from kdflax.balancing.catalogue import CATALOGUE, Entry
 from kdflax.balancing.combiner import Combiner, from_balancer, from_function
@@ -62,6 +63,7 @@ __all__ = [
   "grad_vac",
   "gradient_cosines",
   "gramian",
+  "group_tasks",
   "imtl_g",
   "imtl_l",
   "init_rows",
@@ -79,6 +81,7 @@ __all__ = [
   "representation_gradients",
   "smooth_tchebycheff",
   "smoothed",
+  "task_affinity",
   "task_gradients",
   "task_gramian",
   "trimmed_mean",

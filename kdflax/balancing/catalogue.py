@@ -25,13 +25,16 @@ TOOLS = {
   "from_weighting": "a balancer from a weighting of the Gramian",
   "gradient_cosines": "cosines between the gradients, for logs",
   "gramian": "inner products of the gradients; with `depth=1` one Gramian for each layer",
+  "group_tasks": "which tasks should share a network, from their affinities",
   "init_rows": "the state for `update_rows`",
   "joint_loss": "the weighted sum of the losses",
   "per_group": "a weighting for each layer by itself, of `gramian(gradients, depth=1)`",
   "random_order": "draws the order for `pcgrad`",
   "representation_gradients": "T backward passes through the heads only, and one through the trunk",
   "smoothed": "averages the weights of any balancer over time (CR-MOGM), for noisy Gramians",
+  "task_affinity": "by how much a step for one task lowers the loss of another (TAG)",
   "task_gradients": "losses and gradients of all tasks; `batch_size` trades time for memory",
+  "task_gramian": "losses and Gramian without holding the gradients of all tasks, and the way back for its weights",
   "update_rows": "from the losses of rows to one gradient, for any balancer, combiner or None: what a learner calls",
 }
 

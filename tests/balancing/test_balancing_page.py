@@ -11,7 +11,7 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "balancing.md").read_text()
 TOOLS = {"combine", "conflict_count", "from_balancer", "from_function", "from_weighting", "gradient_cosines", "gramian"}
 TOOLS |= {"joint_loss", "per_group", "random_order", "representation_gradients", "smoothed", "task_gradients"}
-TOOLS |= {"init_rows", "update_rows", "from_loss_weighting"}
+TOOLS |= {"init_rows", "update_rows", "from_loss_weighting", "group_tasks", "task_affinity", "task_gramian"}
 
 
 def test_every_method_is_in_the_table():
