@@ -13,26 +13,26 @@ CONFIG = models.DecoderConfig(vocabulary=17, width=8, depth=2, heads=2, mlp_widt
 DECODER = models.decoder(CONFIG)
 TOKENS = {"tokens": jax.random.randint(jax.random.key(0), (4, 6), 0, 17)}
 PARAMS = jax.jit(DECODER.init)(jax.random.key(1), TOKENS)[0]
+PLAIN = jax.jit(lambda params: DECODER.apply(params, {}, TOKENS, train=False)[0])
 ATTENTION = "attention/(query|value)/kernel"
 
 
 def nonzero(params):
-  keys = iter(jax.random.split(jax.random.key(5), 99))
-  return jax.tree.map(lambda leaf: 0.5 * jax.random.normal(next(keys), leaf.shape), params)
+  draw = np.random.default_rng(5)
+  return jax.tree.map(lambda leaf: 0.5 * draw.normal(size=leaf.shape).astype(np.float32), params)
 
 
-@pytest.mark.parametrize("pattern", [ATTENTION, "^layers.*kernel$", "^(embedding|head)|mlp/down"])
+@pytest.mark.parametrize("pattern", [ATTENTION, "^(embedding|head)|mlp/down"])
 def test_a_student_equals_its_merged_model(pattern):
   student = models.low_rank_adapters(DECODER, pattern, 3, scale=1.5)
   assert student.inputs == ("batch", "params.base")
   factors, state = student.init(jax.random.key(2), (TOKENS, PARAMS))
   assert state == {}
   call = jax.jit(lambda factors: student.apply(factors, {}, (TOKENS, PARAMS), train=False)[0])
-  plain, _ = DECODER.apply(PARAMS, {}, TOKENS, train=False)
+  plain = PLAIN(PARAMS)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), call(factors), plain)
   factors = nonzero(factors)
-  merged = models.merge_low_rank(PARAMS, factors, scale=1.5)
-  expected, _ = DECODER.apply(merged, {}, TOKENS, train=False)
+  expected = PLAIN(models.merge_low_rank(PARAMS, factors, scale=1.5))
   assert np.abs(expected["logits"] - plain["logits"]).max() > 0.1
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), call(factors), expected)
 
@@ -68,10 +68,10 @@ def test_no_gradient_of_a_whole_kernel_is_made():
 
 def test_any_model_may_have_low_rank_students():
   model, batch = models.mlp((6, 5), 3), {"image": jax.random.normal(jax.random.key(3), (4, 2, 4))}
-  params, _ = model.init(jax.random.key(1), batch)
+  params = nonzero(jax.eval_shape(model.init, jax.random.key(1), batch)[0])
   student = models.low_rank_adapters(model, "hidden/1/kernel", 2)
-  factors = nonzero(student.init(jax.random.key(2), (batch, params))[0])
-  outputs, _ = student.apply(factors, {}, (batch, params), train=False)
+  factors = nonzero(jax.eval_shape(student.init, jax.random.key(2), (batch, params))[0])
+  outputs, _ = jax.jit(lambda factors: student.apply(factors, {}, (batch, params), train=False))(factors)
   expected, _ = model.apply(models.merge_low_rank(params, factors), {}, batch, train=False)
   np.testing.assert_allclose(outputs["logits"], expected["logits"], rtol=1e-6)
 

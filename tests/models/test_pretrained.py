@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from kdflax import models, training
+from kdflax.models import pretrained
+from kdflax.models.families import read_config, write_config
 
 RECORDED = pathlib.Path(__file__).parent / "checkpoints"
 FAMILIES = ("llama2", "llama3", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -42,15 +44,18 @@ def copied(tmp_path):
   return change
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_those_of_transformers(name):
+def check_logits(name, read):
   expected = load_file(RECORDED / name / "expected.safetensors")
-  read = loaded(name, param_dtype=jnp.float32)
   call = jax.jit(lambda params, tokens: read.model.apply(params, {}, {"tokens": tokens}, train=False)[0]["logits"])
   np.testing.assert_allclose(call(read.variables[0], expected["tokens"]), expected["logits"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_transformers(name):
+  check_logits(name, loaded(name, param_dtype=jnp.float32))
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma3"])
 def test_what_is_written_is_what_was_read(name, tmp_path):
   """The same tensors, to the bit and in bfloat16, in one file and in many, and a config that says the same."""
   read = loaded(name)
@@ -92,6 +97,8 @@ def test_params_go_to_where_they_shall_lie():
   query = read.variables[0]["layers"]["attention"]["query"]["kernel"]
   assert query.sharding.spec == P(None, None, "model")
   assert query.addressable_shards[0].data.shape == (3, 16, 20)
+  spread = models.load_pretrained(RECORDED / "qwen3", sharding=sharding, param_dtype=jnp.float32)
+  check_logits("qwen3", spread)
   everywhere = models.load_pretrained(RECORDED / "qwen3", sharding=NamedSharding(mesh, P())).variables[0]
   assert everywhere["head"].is_fully_replicated
   jax.tree.map(np.testing.assert_array_equal, everywhere, whole)
@@ -101,8 +108,6 @@ def test_params_go_to_where_they_shall_lie():
 
 def test_each_part_is_read_once(monkeypatch):
   """Whoever else holds it, and no device's part is larger than what it holds."""
-  from kdflax.models import pretrained
-
   sizes, read = [], pretrained._Tensor.read
   monkeypatch.setattr(pretrained._Tensor, "read", lambda *given: sizes.append(read(*given)) or sizes[-1])
   mesh = training.make_mesh({"data": 4, "model": 2})
@@ -200,8 +205,6 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
 
 
 def test_an_interrupted_save_leaves_no_model(tmp_path, monkeypatch):
-  from kdflax.models import pretrained
-
   def fail(*given):
     raise OSError("no space left on device")
 
@@ -214,8 +217,6 @@ def test_an_interrupted_save_leaves_no_model(tmp_path, monkeypatch):
 
 def test_families_are_found_by_what_a_model_has():
   """From sizes alone to all that Gemma adds."""
-  from kdflax.models.families import read_config, write_config
-
   plain = models.DecoderConfig(vocabulary=8, width=8, depth=2, heads=2)
   family = lambda config: write_config(config)["model_type"]
   assert family(plain) == "llama"

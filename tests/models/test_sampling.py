@@ -13,7 +13,7 @@ CONFIG = models.DecoderConfig(vocabulary=13, width=8, depth=2, heads=2, mlp_widt
 MODEL = models.decoder(CONFIG)
 PARAMS = jax.tree.map(
   lambda leaf: 4 * leaf if leaf.ndim == 2 else leaf,
-  jax.jit(MODEL.init)(jax.random.key(3), {"tokens": np.ones((1, 1), int)})[0],
+  jax.jit(MODEL.init)(jax.random.key(5), {"tokens": np.ones((1, 1), int)})[0],
 )
 PROMPTS = jnp.array([[3, 4, 5, 6], [7, 8, 9, 9], [10, 2, 2, 2]])
 LENGTHS = jnp.array([4, 2, 1])
@@ -36,26 +36,21 @@ def continued(prompt, count):
 
 
 def test_greedy_texts_are_those_of_whole_passes():
-  sampled = sampler(temperature=0.0, pad_token=12)(PARAMS, PROMPTS, KEY, LENGTHS)
-  for row, (prompt, length) in enumerate(zip(PROMPTS.tolist(), LENGTHS.tolist(), strict=True)):
-    expected = continued(prompt[:length], 5)
-    assert sampled.tokens[row].tolist() == expected + [12] * (9 - len(expected))
-    assert sampled.generated[row].tolist() == [length <= place < length + 5 for place in range(9)]
-  assert sampled.lengths.tolist() == [9, 7, 6]
-
-
-def test_a_row_ends_with_a_stop_token():
+  """And a row ends with a stop token: here the second new one of the first row."""
   texts = [continued(prompt[:length], 5) for prompt, length in zip(PROMPTS.tolist(), LENGTHS.tolist(), strict=True)]
-  stop = texts[0][5]  # the second new token of the first row
+  stop = texts[0][5]
   sampled = sampler(temperature=0.0, stop_tokens=(stop,), pad_token=12)(PARAMS, PROMPTS, KEY, LENGTHS)
+  counts = []
   for row, (text, length) in enumerate(zip(texts, LENGTHS.tolist(), strict=True)):
     new = text[length:]
-    count = new.index(stop) + 1 if stop in new else 5
-    assert sampled.lengths[row] == length + count
-    assert sampled.tokens[row].tolist() == text[: length + count] + [12] * (9 - length - count)
-    assert sampled.generated[row].sum() == count
+    counts.append(new.index(stop) + 1 if stop in new else 5)
+    end = length + counts[-1]
+    assert sampled.tokens[row].tolist() == text[:end] + [12] * (9 - end)
+    assert sampled.generated[row].tolist() == [length <= place < end for place in range(9)]
+    assert sampled.lengths[row] == end
+  assert 5 in counts and 2 in counts
   labels, where = losses.shift_labels(sampled.tokens, sampled.generated)
-  assert where.sum() == sampled.generated.sum() and (labels[where] == sampled.tokens[sampled.generated]).all()
+  assert where.sum() == sum(counts) and (labels[where] == sampled.tokens[sampled.generated]).all()
 
 
 def test_a_row_depends_on_its_prompt_its_number_and_the_key_alone():
@@ -70,17 +65,16 @@ def test_a_row_depends_on_its_prompt_its_number_and_the_key_alone():
 
 
 def test_samples_have_the_probabilities_of_the_model():
-  """Next tokens of 4,000 rows with one prompt, against the softmax that is left of them."""
-  prompt, count = [3, 4, 5, 6], 4000
-  logits = np.asarray(LOGITS(jnp.array([prompt + [0] * 5]))[0, 3], np.float64)
+  """Next tokens of 2,000 rows with one prompt, against the softmax of what is left of the logits."""
+  prompt, count = [3, 4, 5, 6], 2000
+  logits = np.asarray(LOGITS(jnp.array([prompt + [0] * 5]))[0, 3], np.float64) / 1.5
   softmax = lambda z: np.exp(z - z.max()) / np.exp(z - z.max()).sum()
   order = np.argsort(-logits)
-  probabilities = softmax(logits / 1.5)
-  top_k = np.where(np.isin(np.arange(13), order[:4]), logits / 1.5, -np.inf)
-  kept = order[: np.searchsorted(np.cumsum(probabilities[order]), 0.6) + 1]  # the first to reach it is the last
-  assert 1 < len(kept) < 12
-  top_p = np.where(np.isin(np.arange(13), kept), logits / 1.5, -np.inf)
-  for options, expected in (({}, probabilities), ({"top_k": 4}, softmax(top_k)), ({"top_p": 0.6}, softmax(top_p))):
+  only = lambda kept: softmax(np.where(np.isin(np.arange(13), kept), logits, -np.inf))
+  of_eight = only(order[:8])
+  kept = order[: np.searchsorted(np.cumsum(of_eight[order]), 0.7) + 1]  # the first to reach it is the last
+  assert 1 < len(kept) < 8
+  for options, expected in (({}, softmax(logits)), ({"top_k": 8, "top_p": 0.7}, only(kept))):
     sample = sampler(new_tokens=1, temperature=1.5, **options)
     drawn = sample(PARAMS, jnp.tile(jnp.array([prompt]), (count, 1)), KEY).tokens[:, 4]
     shares = np.bincount(drawn, minlength=13) / count

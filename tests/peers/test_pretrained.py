@@ -97,3 +97,28 @@ def test_entries_of_the_other_config_are_kept(tmp_path):
   assert entries["eos_token_id"] == 7 and entries["initializer_range"] == 0.25
   assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").eos_token_id == 7
   assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2_sliding", "gemma2", "gemma3"])
+def test_the_likeliest_texts_are_the_same(name, tmp_path):
+  """Prompts of different lengths, padded on the left there and on the right here; windows and stop tokens count."""
+  peer, lengths = made(CONFIGS[name]), np.array([13, 6])
+  peer.save_pretrained(tmp_path)
+  read = models.load_pretrained(tmp_path)
+  ours = np.where(np.arange(13) < lengths[:, None], TOKENS, 0)
+  mask = np.arange(13) >= 13 - lengths[:, None]
+  theirs = np.zeros_like(TOKENS)
+  theirs[mask] = np.concatenate([row[:length] for row, length in zip(TOKENS, lengths, strict=True)])
+  sample = models.make_sampler(read.config, new_tokens=9, temperature=0.0)
+  sampled = sample(read.variables[0], ours, jax.random.key(0), lengths)
+  text = peer.generate(
+    torch.tensor(theirs),
+    attention_mask=torch.tensor(mask),
+    max_new_tokens=9,
+    min_new_tokens=9,
+    do_sample=False,
+    eos_token_id=None,
+    pad_token_id=0,
+  )
+  for row, length in enumerate(lengths):
+    assert sampled.tokens[row, length : length + 9].tolist() == text[row, 13:].tolist()
