@@ -16,7 +16,7 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
 
 distill: .venv/installed  ## the main job: teacher, students and their table on real data, about a minute
-	@echo "== distilling on scikit-learn's digits; results go to runs/distill (about a minute)"
+	@echo "== distilling on characters of unseen fonts; results go to runs/distill (about a minute)"
 	$(RUN) -m experiments.distill
 
 test: .venv/installed  ## the tests, and which twenty took longest

@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SETTINGS = {
+  "dataset": ["digits"],
   "labels": ["16"],
   "methods": ["baseline", "all"],
   "seeds": ["2"],

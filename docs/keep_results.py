@@ -1,15 +1,18 @@
 """Copies tables and pictures of finished runs into the documentation: `python -m docs.keep_results runs/distill ...`.
 
 They go to docs/<name of the run>/, where a dash is a folder: those of runs/glyphs-distill go to docs/glyphs/distill/.
-The table of the run `distill` stands in README.md as well.
+The table of the run `distill` and the first rows of `fuse` stand in README.md as well.
 """
 
 import pathlib
+import re
 import shutil
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-BEGIN, END = "<!-- results of make distill: written by `python -m docs.keep_results` -->", "<!-- end of results -->"
+MARK, END = "<!-- results of {}: written by `python -m docs.keep_results` -->", "<!-- end of results -->"
+IN_README = {"distill": "make distill", "fuse": "experiments.fuse"}  # run: what its place in the README is called
+_BALANCED = re.compile(r"^\| composite ")  # rows too many for the README
 
 
 def main(run: pathlib.Path) -> None:
@@ -24,11 +27,16 @@ def main(run: pathlib.Path) -> None:
   kept.mkdir(parents=True, exist_ok=True)
   for file in [*run.glob("*.png"), *run.glob("*.md")]:
     shutil.copy(file, kept / file.name)
-  if run.name == "distill":
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    table = (run / "results.md").read_text().split("\n\n", 1)[1]
-    readme.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{rest.split(END)[1]}")
+  if run.name in IN_README:
+    write_into_readme(IN_README[run.name], (run / "results.md").read_text().split("\n\n", 1)[1])
+
+
+def write_into_readme(name: str, table: str) -> None:
+  """Puts a table in its place in README.md, without the rows of single balancers."""
+  readme, mark = ROOT / "README.md", MARK.format(name)
+  before, rest = readme.read_text().split(mark)
+  kept = "\n".join(line for line in table.splitlines() if not _BALANCED.match(line) or line.startswith("| composite |"))
+  readme.write_text(f"{before}{mark}\n\n{kept}\n\n{END}{rest.split(END, 1)[1]}")
 
 
 if __name__ == "__main__":

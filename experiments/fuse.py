@@ -1,28 +1,30 @@
-"""Fuses joint learning and distillation: one small student for two tasks, from teachers of both.
+"""Fuses joint learning and distillation: one small student for several tasks, from teachers of all.
 
-On overlaid digits, two digits overlap in each image; to read the left one and to read the right one are two tasks. On
-CIFAR-100 the tasks are its 100 fine and its 20 coarse classes. A student learns
+On glyphs, characters of fonts that no model has seen, the tasks are the character, whether it is slanted, and the
+weight of its strokes (a regression). On overlaid digits they are the left and the right one, on CIFAR-100 its 100 fine
+and its 20 coarse classes. A student learns
 
 - independent: a network of its own for each task, and no teacher;
-- independent, taught: the same, each network with the soft targets of a teacher of its task;
-- joint: one encoder shared by both tasks, and no teacher;
-- multi-task teacher: as joint, with the soft targets of one teacher of both tasks;
-- single-task teachers: as joint, with the soft targets of two teachers of one task each;
+- independent, taught: the same, each network with the soft targets of a teacher of its task: distillation alone;
+- joint: one encoder shared by all tasks, and no teacher: joint learning alone;
+- multi-task teacher: as joint, with the soft targets of one teacher of all tasks: both at once;
+- single-task teachers: as joint, with the soft targets of a teacher for each task;
 - composite: as the last, with the teachers' embeddings through an adapter for each task (feature) and their distances
   (relational) as well. Hard, soft, feature and relational terms of a task are a row; the rows are added, or balanced.
 
-The setting is chosen so that there is something to transfer: teachers are wide and learn from all labels, students are
-narrow and see a tenth (digits) or a fifth (CIFAR-100) of the labels, and the other images without them. It answers
-whether a student that must be small and has few labels gains from teachers that had many; it says nothing about
-students with all labels.
+The soft target of a regression is the teacher's prediction, and its terms are squared errors of the standardised
+target. The setting is chosen so that there is something to transfer: teachers are wide and learn from all labels,
+students are narrow and see few of them, and the other images without. It answers whether a student that must be small
+and has few labels gains from teachers that had many; it says nothing about students with all labels.
 
 Every seed has teachers, a choice of labels and an order of batches of its own, shared by the methods, so that
 differences are paired. Weights of the terms are 1, not tuned. The test split is looked at once, at the end. What the
 teachers say is recorded once, about the images as they are, so images are not augmented.
 
-    python -m experiments.fuse                       a quarter of an hour on two CPU cores; results in runs/fuse
+    python -m experiments.fuse                       some minutes on two CPU cores; results in runs/fuse
     python -m experiments.fuse --smoke               half a minute, for a look
-    python -m experiments.fuse --balancers UPGrad    one balancer, in a few minutes
+    python -m experiments.fuse --balancers UPGrad    one balancer
+    python -m experiments.fuse --dataset overlaid_digits    two digits in each image, and more balancers
     python -m experiments.fuse --dataset cifar100 --path DIR
 
 Killed at any moment, the same command continues it and ends with the same bits.
@@ -35,21 +37,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, phases, pictures
+from experiments import common, fuse_report, phases
 from experiments.balancers import BALANCERS, NEED_THREE_TASKS
-from experiments.networks import check_dataset, embedding_width, forwarded, network, read
+from experiments.networks import check_dataset, embedding_width, forwarded, network, read, standardized, tasks_of
 from kdflax import data, losses, models, teachers, training
 from kdflax.objectives import Term
-from kdflax.training import metrics
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 FOR_TWO_TASKS = tuple(name for name in BALANCERS if name not in NEED_THREE_TASKS)
-BASES = ("independent", "joint", "composite")  # what the others are compared with
 
 
 class Recipe(NamedTuple):
@@ -60,9 +59,13 @@ class Recipe(NamedTuple):
   teacher_steps: int
   student_steps: int
   learning_rate: float
+  balancers: tuple[str, ...] = FOR_TWO_TASKS
 
 
 RECIPES = {
+  "glyphs": Recipe(
+    ("mlp-256-128", "mlp-32-16"), 620, 1500, 1000, 3e-3, ("uncertainty", "FAMO", "PCGrad", "Nash-MTL", "UPGrad")
+  ),
   "overlaid_digits": Recipe(("mlp-256", "mlp-16"), 200, 2000, 3000, 3e-3),
   "cifar100": Recipe(("resnet56", "resnet20"), 10_000, 80_000, 80_000, 1e-3),
 }
@@ -83,7 +86,7 @@ class Weights:
 class Method(NamedTuple):
   """What a student is and what it learns from beside the hard labels."""
 
-  shared: bool  # one encoder for both tasks, or one for each
+  shared: bool  # one encoder for all tasks, or one for each
   teacher: str = ""  # joint or single
   terms: tuple[str, ...] = ()
   balancer: str | None = None  # of the rows, one for each task
@@ -105,15 +108,15 @@ class Config:
 
   run: str = "runs/fuse"
   """Run directory: made, or continued if it holds a run with the same settings."""
-  dataset: str = "overlaid_digits"
-  """Data set: overlaid_digits or cifar100."""
+  dataset: str = "glyphs"
+  """Data set: glyphs, overlaid_digits or cifar100."""
   path: str = ""
   """Folder with the files of the data set, if it is read from files."""
   cifar: str = ""
   """Old form of `--dataset cifar100 --path`; goes with version 0.3."""
   pair: tuple[str, str] | None = None
   """Encoders of teacher and student: names such as mlp-256, convnet-16-32 or resnet20; by default, as for the next
-  four, those of the data set."""
+  four and the balancers, those of the data set."""
   labels: int | None = None
   """Training images whose labels the students see; all others are used without them."""
   teacher_steps: int | None = None
@@ -126,9 +129,9 @@ class Config:
   """Training images to keep for validation, which only the learning curves need, if the data set is read from files."""
   methods: tuple[str, ...] = tuple(METHODS)
   """Methods to compare; differences are to those of independent, joint and composite that are among them."""
-  balancers: tuple[str, ...] = FOR_TWO_TASKS
-  """Balancers of the two tasks of the composite objective; without one, its rows are added."""
-  seeds: int = 8
+  balancers: tuple[str, ...] | None = None
+  """Balancers of the tasks of the composite objective; without one, its rows are added."""
+  seeds: int = 5
   """Paired repetitions, trained together by vmap."""
   batch_size: int = 64
   """Labelled images in a batch, and as many images for the teachers' knowledge."""
@@ -145,8 +148,8 @@ class Config:
 
   @property
   def tasks(self) -> Mapping[str, data.Task]:
-    """The tasks of the data set by name; all have classes."""
-    return data.dataset(self.dataset).tasks
+    """The tasks of the data set by name."""
+    return tasks_of(self.dataset)
 
   def checked(self) -> "Config":
     """Returns the settings that will be used.
@@ -171,15 +174,16 @@ class Config:
       raise ValueError(f"weights must be at least 0; got {weights}")
     if not config.methods or set(config.methods) - set(METHODS):
       raise ValueError(f"methods must be of {list(METHODS)}; got {list(config.methods)}")
-    if unknown := [name for name in config.balancers if name not in FOR_TWO_TASKS]:
-      raise ValueError(f"unknown balancers {unknown}; for two tasks there are {', '.join(FOR_TWO_TASKS)}")
+    known = FOR_TWO_TASKS if len(config.tasks) == 2 else tuple(BALANCERS)
+    if unknown := [name for name in config.balancers if name not in known]:
+      raise ValueError(f"unknown balancers {unknown}; for {len(config.tasks)} tasks there are {', '.join(known)}")
     if config.batch_size > config.labels:
       raise ValueError(f"batch_size={config.batch_size} is larger than the labelled data: {config.labels} images")
     return config
 
   def compared(self) -> dict[str, Method]:
     """The methods to compare, those with a balancer last."""
-    balanced = {f"composite {name}": METHODS["composite"]._replace(balancer=name) for name in self.balancers}
+    balanced = {f"composite {name}": METHODS["composite"]._replace(balancer=name) for name in self.balancers or ()}
     return {name: METHODS[name] for name in METHODS if name in self.methods} | balanced
 
 
@@ -193,7 +197,7 @@ def main(config: Config) -> None:
       train_teacher(session, splits, kind)
     feed = student_feed(session, splits["train"], kinds)
     students = {name: train_student(session, splits, feed, name, method) for name, method in config.compared().items()}
-    report(session, splits, students)
+    print(fuse_report.write(session, students, splits))
 
 
 def load(config: Any) -> dict[str, Any]:
@@ -202,7 +206,7 @@ def load(config: Any) -> dict[str, Any]:
   Raises:
     ValueError: if there are fewer training images than the labels that students may see, or fewer labels than classes.
   """
-  splits = {name: data.by_task(arrays, config.tasks) for name, arrays in read(config).items()}
+  splits = standardized({name: data.by_task(arrays, config.tasks) for name, arrays in read(config).items()})
   data.with_label_budget(splits["train"], config.labels, seed=0, task=next(iter(config.tasks)))  # refuses here
   return splits
 
@@ -220,12 +224,11 @@ def optimizer(config: Any, num_steps: int) -> optax.GradientTransformation:
 
 
 def train_teacher(session: phases.Session, splits: Any, kind: str) -> None:
-  """Trains the teachers of each seed, one of both tasks or one for each, and records them on the training images."""
+  """Trains the teachers of each seed, one of all tasks or one for each, and records them on the training images."""
   config, arrays = session.config, splits["train"]
   teacher = multi_task(config, config.pair[0], shared=kind == "joint")
   terms = {
-    task: Term(cross_entropy, {"logits": f"network.logits.{task}", "labels": f"batch.label.{task}"})
-    for task in config.tasks
+    name: hard_term(task, f"network.logits.{name}", f"batch.label.{name}") for name, task in config.tasks.items()
   }
   sample = functools.partial(data.sample, size=config.batch_size)
   feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
@@ -251,25 +254,39 @@ def student_feed(session: phases.Session, images: Any, kinds: Sequence[str]) -> 
   return phases.Feed(itertools.repeat(phases.on_device(arrays)), sample, axes, bound)
 
 
-def objective(config: Any, method: Method) -> tuple[dict[str, models.Model], dict[str, Term]]:
+def hard_term(task: data.Task, output: str, label: str, **where: str) -> Term:
+  """The loss of a task's labels: cross-entropy in nats, or the squared error of the standardised target."""
+  if task.classes is None:
+    return Term(optax.squared_error, {"predictions": output, "targets": label, **where})
+  return Term(cross_entropy, {"logits": output, "labels": label, **where})
+
+
+def soft_term(config: Any, task: data.Task, student: str, teacher: str) -> Term:
+  """What a student learns from a teacher's prediction."""
+  if task.classes is None:
+    return Term(optax.squared_error, {"predictions": student, "targets": teacher}, config.weights.soft)
+  pair = {"student_logits": student, "teacher_logits": teacher, "temperature": config.temperature}
+  return Term(losses.kl_soft_targets, pair, config.weights.soft)
+
+
+def objective(config: Any, method: Method, images: Any) -> tuple[dict[str, models.Model], dict[str, Term]]:
   """Returns the models and Terms of a method; a Term is named `<kind>/<task>`."""
+  width = embedding_width(config.pair[0], images)
   student = multi_task(config, config.pair[1], shared=method.shared)
   found = {"student": student, "teacher": teachers.recorded()}
   terms: dict[str, Term] = {}
-  for task in config.tasks:
-    logits, teacher = f"student.logits.{task}", f"teacher.{method.teacher}"
-    pair = {"student": f"adapter_{task}.output", "teacher": f"{teacher}.embedding.{task}"}
-    soft = {"student_logits": logits, "teacher_logits": f"{teacher}.logits.{task}", "temperature": config.temperature}
-    hard = {"logits": logits, "labels": f"batch.label.{task}", "where": "batch.labelled"}
+  for name, task in config.tasks.items():
+    output, teacher = f"student.logits.{name}", f"teacher.{method.teacher}"
+    pair = {"student": f"adapter_{name}.output", "teacher": f"{teacher}.embedding.{name}"}
     possible = {
-      "hard": Term(cross_entropy, hard),
-      "soft": Term(losses.kl_soft_targets, soft, config.weights.soft),
+      "hard": hard_term(task, output, f"batch.label.{name}", where="batch.labelled"),
+      "soft": soft_term(config, task, output, f"{teacher}.logits.{name}"),
       "feature": Term(losses.hint, pair, config.weights.feature),
       "distance": Term(losses.rkd_distance, pair, config.weights.distance),
     }
-    terms |= {f"{name}/{task}": possible[name] for name in ("hard", *method.terms)}
+    terms |= {f"{kind}/{name}": possible[kind] for kind in ("hard", *method.terms)}
     if "feature" in method.terms:
-      found[f"adapter_{task}"] = models.linear_connector("student.embedding", embedding_width(config.pair[0]))
+      found[f"adapter_{name}"] = models.linear_connector("student.embedding", width)
   return found, terms
 
 
@@ -283,7 +300,7 @@ class Student(NamedTuple):
 def train_student(session: phases.Session, splits: Any, feed: phases.Feed, name: str, method: Method) -> Student:
   """Trains the student of a method, one for each seed."""
   config = session.config
-  found, terms = objective(config, method)
+  found, terms = objective(config, method, splits["train"])
   balanced: dict[str, Any] = {}
   if method.balancer is not None:
     rows = {task: [term for term in terms if term.endswith(f"/{task}")] for task in config.tasks}
@@ -299,7 +316,8 @@ def validation(config: Config, student: models.Model, splits: Any) -> Any:
   """What a phase evaluates on the way: nothing without a validation split."""
   if "validation" not in splits:
     return None
-  right = {task: phases.accuracy_of(f"model.logits.{task}", f"batch.label.{task}") for task in config.tasks}
+  classes = [name for name, task in config.tasks.items() if task.classes is not None]
+  right = {task: phases.accuracy_of(f"model.logits.{task}", f"batch.label.{task}") for task in classes}
   validate = phases.tester(student, splits["validation"], right)
 
   def evaluate(state: training.TrainState) -> dict[str, Any]:
@@ -307,89 +325,6 @@ def validation(config: Config, student: models.Model, splits: Any) -> Any:
     return {"validation/accuracy": np.mean(list(accuracy.values()), axis=0).tolist()}
 
   return evaluate
-
-
-def report(session: phases.Session, splits: Any, students: dict[str, Student]) -> None:
-  """Writes the two tables, of the methods and of their differences, and the pictures."""
-  config = session.config
-  results = {name: result(session, name, student, splits["test"]) for name, student in students.items()}
-  note = (
-    f"{config.labels} of {len(splits['train']['index'])} labels for the students, all for the teachers;"
-    f" mean and 95% interval over {config.seeds} paired seeds"
-  )
-  rows = [row(name, result) for name, result in results.items()]
-  print(common.write_table(session.directory, "results", f"Students of two tasks: {note}", rows, results))
-  compared = [(name, base) for base in BASES if base in results for name in results if meaningful(name, base)]
-  if {"multi-task teacher", "single-task teachers"} <= set(results):
-    compared.append(("multi-task teacher", "single-task teachers"))
-  if compared:
-    differing = [difference(name, base, results) for name, base in compared]
-    title = f"Which differences are beyond noise (the 95% interval of the paired difference excludes 0): {note}"
-    print(common.write_table(session.directory, "differences", title, differing, differing))
-  pictures.by_task(session.directory, results, tuple(config.tasks), BASES[0])
-  if "validation" in splits:
-    pictures.learning_curves(session.directory, "validation/accuracy", BASES[0])
-
-
-def meaningful(name: str, base: str) -> bool:
-  """Whether a difference answers a question: what sharing, a teacher, or balancing is worth."""
-  if base == "composite" or name.startswith("composite "):
-    return name.startswith(f"{base} ")
-  return name not in (base, "independent")
-
-
-def result(session: phases.Session, name: str, student: Student, split: Any) -> dict[str, Any]:
-  """What is known of a method, with a number for each seed."""
-  seeds, tasks = session.config.seeds, session.config.tasks
-  logits = phases.outputs(student.model, student.variables, split, names=("logits",))["logits"]
-  found: dict[str, Any] = {"accuracy": {}, "nll": {}, "ece": {}}
-  for task in tasks:
-    labels = split["label"][task]
-    found["accuracy"][task] = (logits[task].argmax(-1) == labels).mean(-1).tolist()
-    every = jnp.broadcast_to(labels, logits[task].shape[:-1])
-    nll = metrics.negative_log_likelihood(logits[task], every)
-    found["nll"][task] = np.asarray(nll).mean(-1).tolist()
-    found["ece"][task] = [metrics.expected_calibration_error(of_seed, labels) for of_seed in logits[task]]
-  one = phases.one_seed(student.variables)
-  return found | {
-    "parameters": models.count_parameters(student.variables[0]) // seeds,
-    "bytes": models.count_bytes(student.variables[0]) // seeds,
-    "microseconds": phases.latency(session, student.model, one, split, name),
-  }
-
-
-def over_tasks(values: dict[str, list[float]]) -> np.ndarray:
-  """Mean over the tasks, [seeds]."""
-  return np.mean(list(values.values()), axis=0)
-
-
-def row(name: str, result: dict[str, Any]) -> dict[str, Any]:
-  """One line of the table of methods."""
-  shown = {"accuracy": ("accuracy (%)", 100, 1), "nll": ("NLL", 1, 3), "ece": ("ECE (%)", 100, 1)}
-  return {
-    "method": name,
-    **{
-      f"{task} {title}": common.plus_minus(values, scale=scale, digits=digits)
-      for metric, (title, scale, digits) in shown.items()
-      for task, values in result[metric].items()
-    },
-    "parameters": result["parameters"],
-    "bytes": result["bytes"],
-    **{f"µs for {images} images": f"{time:.0f}" for images, time in result["microseconds"].items()},
-  }
-
-
-def difference(name: str, base: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-  """One line of the table of differences."""
-  line = {"method": name, "against": base}
-  for task in results[name]["accuracy"]:
-    gain = np.subtract(results[name]["accuracy"][task], results[base]["accuracy"][task])
-    line |= {f"{task} (points)": common.plus_minus(gain, sign="+"), f"{task} beyond noise": common.beyond_noise(gain)}
-  for metric, scale, digits in (("nll", 1, 3), ("ece", 100, 1)):
-    change = over_tasks(results[name][metric]) - over_tasks(results[base][metric])
-    line[metric.upper()] = common.plus_minus(change, scale=scale, digits=digits, sign="+")
-    line[f"{metric.upper()} beyond noise"] = common.beyond_noise(change)
-  return line
 
 
 if __name__ == "__main__":

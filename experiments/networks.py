@@ -15,29 +15,43 @@ from kdflax import data, models
 SETTINGS: dict[str, dict[str, Any]] = {"glyphs": {"faces_per_family": 4}}
 
 
+FLAT = "-flat"
+# What to learn of a data set of several tasks, if not all. One image hardly shows a fixed pitch, and the width is
+# normal for nine faces in ten.
+TASKS = {"glyphs": ("character", "italic", "weight")}
+
+
+def tasks_of(name: str) -> dict[str, data.Task]:
+  """The tasks that experiments learn together on a data set."""
+  known = data.dataset(name).tasks
+  return {task: known[task] for task in TASKS.get(name, known)}
+
+
 def network(name: str, num_classes: int | None, normalisation: data.Normalisation | None = None) -> models.Model:
   """Makes a network from its name; one without classes is an encoder.
 
   Args:
     name: `resnet20`, `mlp-256` with the widths of its hidden layers, or `convnet-16-32` with the channels of its
-      stages.
+      stages; `convnet-16-32-flat` keeps the positions of the last one.
     num_classes: width of the logits, or None.
     normalisation: of the data set, for images of bytes.
 
   Raises:
     ValueError: if there is no such network.
   """
-  kind, widths = _parsed(name)
+  kind, widths = _parsed(name.removesuffix(FLAT))
   if kind == "mlp":
     return normalized(models.mlp(widths, num_classes), normalisation)
   if kind == "convnet":
-    return normalized(models.convnet(widths, num_classes), normalisation)
+    return normalized(models.convnet(widths, num_classes, pool=not name.endswith(FLAT)), normalisation)
   return normalized(models.resnet(name, num_classes), normalisation)
 
 
-def embedding_width(name: str) -> int:
-  """Width of the embedding of a network, from its name."""
-  return _parsed(name)[1][-1]
+def embedding_width(name: str, arrays: data.Arrays) -> int:
+  """Width of the embedding of a network, from its name and the images it is for."""
+  model, example = network(name, None), jax.tree.map(lambda x: x[:1], {"image": arrays["image"]})
+  say = lambda key: model.apply(*model.init(key, example), example, train=False, key=None)[0]
+  return jax.eval_shape(say, jax.random.key(0))["embedding"].shape[-1]
 
 
 def _parsed(name: str) -> tuple[str, tuple[int, ...]]:
@@ -90,6 +104,19 @@ def read_one_task(config: Any) -> dict[str, data.Arrays]:
   return {split: arrays | {"label": arrays["label"][name]} for split, arrays in splits.items()}
 
 
+def standardized(splits: dict[str, data.Arrays]) -> dict[str, data.Arrays]:
+  """Splits by task whose regressions have mean 0 and deviation 1 on the training examples; classes stay."""
+  training = splits["train"]["label"]
+  scales = {
+    task: (labels.mean(), labels.std()) for task, labels in training.items() if np.issubdtype(labels.dtype, np.floating)
+  }
+  return {
+    split: arrays
+    | {"label": arrays["label"] | {task: (arrays["label"][task] - mean) / std for task, (mean, std) in scales.items()}}
+    for split, arrays in splits.items()
+  }
+
+
 def few_glyphs(tasks: Mapping[str, data.Task], labels: int, seed: int) -> dict[str, data.Arrays]:
   """Reads the splits of the glyphs by task, normalised, with as many training images as there are labels.
 
@@ -101,17 +128,10 @@ def few_glyphs(tasks: Mapping[str, data.Task], labels: int, seed: int) -> dict[s
   splits = {split: data.by_task(arrays, tasks) for split, arrays in data.load("glyphs", **SETTINGS["glyphs"]).items()}
   chosen = data.with_label_budget(splits["train"], labels, seed=seed, task="character")["labelled"]
   splits["train"] = data.gather(splits["train"], np.flatnonzero(chosen))
-  training = splits["train"]["label"]
-  regressions = [task for task in tasks if tasks[task].classes is None]
-  scales = {task: (training[task].mean(), training[task].std()) for task in regressions}
   normalisation = data.dataset("glyphs").normalisation
   return {
-    split: arrays
-    | {
-      "image": np.asarray(data.normalize(jnp.asarray(arrays["image"]), normalisation)),
-      "label": arrays["label"] | {task: (arrays["label"][task] - mean) / std for task, (mean, std) in scales.items()},
-    }
-    for split, arrays in splits.items()
+    split: arrays | {"image": np.asarray(data.normalize(jnp.asarray(arrays["image"]), normalisation))}
+    for split, arrays in standardized(splits).items()
   }
 
 

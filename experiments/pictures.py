@@ -271,20 +271,58 @@ def ranking(directory: pathlib.Path, results: Sequence[Mapping[str, Any]], teach
   plt.close(figure)
 
 
+def sweeps(directory: pathlib.Path, scores: Mapping[str, Sequence[Mapping[str, float]]], baseline: str) -> None:
+  """Draws validation accuracy against the weight, a panel for each method; `sweeps.png`.
+
+  A line for each temperature and learning rate; the best that the baseline reaches at any rate is dashed.
+
+  Args:
+    directory: of the picture.
+    scores: by method, a row for each setting with `accuracy` and what it sets.
+    baseline: the method that has learning rates alone.
+  """
+  methods = [name for name in scores if name != baseline]
+  columns = min(5, len(methods))
+  lines = -(-len(methods) // columns)
+  figure, panels = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.6 * lines), squeeze=False, sharey=True)
+  rates = sorted({row["rate"] for rows in scores.values() for row in rows})
+  for panel in panels.flat[len(methods) :]:
+    panel.set_axis_off()
+  for panel, method in zip(panels.flat, methods, strict=False):
+    curves: dict[tuple[float, float], list[tuple[float, float]]] = {}
+    for row in scores[method]:
+      curves.setdefault((row.get("temperature", 0.0), row["rate"]), []).append((row["weight"], 100 * row["accuracy"]))
+    coldest = min(temperature for temperature, _ in curves)
+    for (temperature, rate), points in curves.items():
+      style = "-" if temperature == coldest else ":"
+      panel.semilogx(*zip(*points, strict=True), style, color=f"C{rates.index(rate)}", marker=".")
+    panel.axhline(100 * max(row["accuracy"] for row in scores[baseline]), color="black", linestyle="--", linewidth=0.8)
+    panel.set_title(method, fontsize=9)
+  for rate in rates:
+    panels[0][0].plot([], [], color=f"C{rates.index(rate)}", label=f"rate {rate:g}")
+  panels[0][0].plot([], [], "k:", label="higher temperature")
+  panels[0][0].legend(fontsize=6)
+  figure.supxlabel("weight")
+  figure.supylabel("validation accuracy (%)")
+  figure.tight_layout()
+  save_figure(figure, directory / "sweeps.png")
+  plt.close(figure)
+
+
 def by_task(
-  directory: pathlib.Path, results: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], baseline: str
+  directory: pathlib.Path, results: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], baseline: str
 ) -> None:
-  """Draws accuracy by method with 95% intervals, a panel for each task, the baseline as a line; `accuracy.png`."""
+  """Draws the score by method with 95% intervals, a panel for each task, the baseline as a line; `accuracy.png`."""
   figure, panels = plt.subplots(
-    1, len(tasks), figsize=(5 * len(tasks), 0.4 * len(results) + 1.2), sharey=True, squeeze=False
+    1, len(titles), figsize=(5 * len(titles), 0.4 * len(results) + 1.2), sharey=True, squeeze=False
   )
-  for panel, task in zip(panels[0], tasks, strict=True):
-    means, widths = zip(*(interval(100 * np.asarray(r["accuracy"][task])) for r in results.values()), strict=True)
+  for panel, (task, title) in zip(panels[0], titles.items(), strict=True):
+    means, widths = zip(*(interval(100 * np.asarray(r["score"][task])) for r in results.values()), strict=True)
     panel.errorbar(means, range(len(results)), xerr=bounded(widths, means), fmt="o", capsize=4)
     if baseline in results:
       panel.axvline(means[list(results).index(baseline)], color="black", linestyle="--", label=baseline)
       panel.legend()
-    panel.set(title=task, xlabel="test accuracy (%), 95% interval")
+    panel.set(xlabel=f"{title} of the test, 95% interval")
     panel.set_yticks(range(len(results)), list(results))
   panels[0][0].invert_yaxis()
   figure.tight_layout()

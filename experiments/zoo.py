@@ -1,19 +1,23 @@
-"""Every distillation method on one teacher-student pair, all with the same budget, ranked.
+"""Many distillation methods on one teacher-student pair, all with the same budget, ranked.
 
 A teacher is trained for each seed and frozen; then the same student learns once without it (baseline) and once with
 each method, from the same batches, for the same number of steps, with the same optimizer. The table ranks methods by
 test accuracy, says which differences to the baseline are beyond the noise of the seeds, and what a step costs.
 
-Weights: the best of four on the validation split, which `--tune` finds and keeps in experiments/zoo.json; for data
-that nobody tuned on, the published one of `methods.CATALOGUE`, and 1 if there is none. The table names the source of
-each, and the published weight beside a tuned one: those were chosen for other networks and a hundred times as many
-steps. Where a paper compares several layers, every stage counts; where it compares one, that is the middle stage for
-hints and the last one for maps, and the pooled embedding for relations.
+On glyphs, the default, both are convolutional networks that keep the positions of their last maps, and the methods are
+a choice of each kind; `--methods all` compares all. Weight, temperature (of methods that have one) and learning rate
+are the best on the validation split, found by `--tune`: all settings of a method are one program, in which the teacher
+is asked once for all of them. The learning rate of the baseline is tuned alike. They are kept in experiments/zoo.json.
+For data that nobody tuned on, the weight is the published one of `methods.CATALOGUE`, or 1 if there is none. The table
+names the source of each, and the published weight beside a tuned one: those were chosen for other networks and a
+hundred times as many steps. Where a paper compares several layers, every stage counts; where it compares one, that is
+the middle stage for hints and the last one for maps, and the embedding for relations.
 
-    python -m experiments.zoo                                  all methods on digits; results in runs/zoo
+    python -m experiments.zoo                                  some methods on glyphs; results in runs/zoo
     python -m experiments.zoo --smoke                          half a minute, for a look
-    python -m experiments.zoo --methods kl_soft_targets crd    some methods
-    python -m experiments.zoo --tune --run runs/zoo-tune       finds the weights
+    python -m experiments.zoo --methods kl_soft_targets crd    other methods
+    python -m experiments.zoo --tune --run runs/zoo-tune       finds the settings, and draws what it found
+    python -m experiments.zoo --dataset digits                 all methods on 8 x 8 digits
     python -m experiments.zoo --dataset cifar100 --path DIR --pair resnet56 resnet20
 
 Killed at any moment, the same command continues it and ends with the same bits.
@@ -22,8 +26,8 @@ Killed at any moment, the same command continues it and ends with the same bits.
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,20 +35,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, phases, pictures
+from experiments import common, phases, pictures, sweeps
 from experiments.networks import check_dataset, forwarded
 from experiments.zoo_pairs import PUBLISHED, RECIPES, classifier, draw_augmented, load, pair_of, published
+from experiments.zoo_settings import BASELINE, METHODS, SETTINGS, grid_of, read_settings, setting_of, write_settings
 from kdflax import methods, models, training
 from kdflax.objectives import Term
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-# All methods for two classifiers that leave the student as it is and train it beside the labels.
-METHODS = {name: entry for name, entry in methods.CATALOGUE.items() if entry.build and entry.hard}
-BASELINE = "baseline"
-WEIGHTS = pathlib.Path(__file__).with_suffix(".json")  # what --tune found, by data set and method
-GRID = (0.1, 1.0, 10.0, 100.0)
-SHARES = (0.001, 0.01, 0.1, 1.0)  # of a published weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +62,8 @@ class Config:
 
   run: str = "runs/zoo"
   """Run directory: made, or continued if it holds a run with the same settings."""
-  dataset: str = "digits"
-  """Data set: digits or cifar100."""
+  dataset: str = "glyphs"
+  """Data set: glyphs, digits or cifar100."""
   path: str = ""
   """Folder with the files of the data set, if it is read from files."""
   cifar: str = ""
@@ -73,7 +71,7 @@ class Config:
   pair: tuple[str, str] | None = None
   """Teacher and student: names such as resnet56 or convnet-16-32; by default that of the data set."""
   methods: tuple[str, ...] = ()
-  """Losses by name, to try only some; all by default."""
+  """Methods by name, or `all`; by default those of the data set."""
   seeds: int = 5
   """Paired repetitions, trained together by vmap."""
   teacher_steps: int | None = None
@@ -90,11 +88,11 @@ class Config:
   save_every: int = 500
   """Updates between checkpoints."""
   tune: bool = False
-  """Find the weights on the validation split, and stop."""
-  tune_seeds: int = 2
-  """Seeds for each weight that --tune tries."""
-  weights: str = str(WEIGHTS)
-  """File of tuned weights."""
+  """Find the settings on the validation split, and stop."""
+  tune_seeds: int = 1
+  """Seeds for each setting that --tune tries."""
+  weights: str = str(SETTINGS)
+  """File of tuned settings."""
   accept_changes: bool = False
   """Continue a run although its settings differ."""
   smoke: bool = False
@@ -113,17 +111,20 @@ class Config:
       config = dataclasses.replace(config, run=run, **small)
     check_dataset(config, tuple(RECIPES))
     config = common.filled(config, RECIPES[config.dataset])
-    unknown = set(config.methods) - set(METHODS)
+    chosen = (
+      tuple(METHODS) if config.methods == ("all",) else config.methods or RECIPES[config.dataset].chosen or METHODS
+    )
+    unknown = set(chosen) - set(METHODS)
     if unknown:
-      raise ValueError(f"methods has no {sorted(unknown)}; there are {', '.join(METHODS)}")
-    config = dataclasses.replace(config, methods=tuple(name for name in METHODS if name in (config.methods or METHODS)))
+      raise ValueError(f"methods has no {sorted(unknown)}; there are all, {', '.join(METHODS)}")
+    config = dataclasses.replace(config, methods=tuple(name for name in METHODS if name in chosen))
     counts = ("seeds", "tune_seeds", "teacher_steps", "student_steps", "batch_size", "save_every")
     common.check_numbers(config, at_least_one=counts, positive=("learning_rate",))
     if config.tune and config.path and not config.held_out:
       raise ValueError("tune needs a validation split: set held_out, for instance to 5000")
     if config.weights != Config.weights and not config.tune and not pathlib.Path(config.weights).is_file():
       raise ValueError(f"weights: there is no file {config.weights}; --tune writes one")
-    read_weights(config)
+    read_settings(config)
     for name in config.pair or ():
       classifier(name, config.dataset)
     return config
@@ -137,14 +138,14 @@ def main(config: Any) -> None:
   if config.batch_size > images:
     raise ValueError(f"batch_size={config.batch_size} is larger than the training data: {images} images")
   pair = pair_of(*networks(config), splits["train"])
-  weights = {name: weight_of(config, name) for name in config.methods}
-  with phases.session(config, method_weights={name: weight for name, (weight, _) in weights.items()}) as session:
+  found = {name: setting_of(config, name) for name in (*config.methods, BASELINE)}
+  bound = None if config.tune else {name: setting for name, (setting, _) in found.items()}
+  with phases.session(config, method_settings=bound) as session:
     bench = make_bench(session, splits, pair)
     if config.tune:
       tune(bench)
       return
-    students = {name: train_student(bench, name, weight) for name, (weight, _) in weights.items()}
-    report(bench, students | {BASELINE: train_student(bench, BASELINE, 1.0)}, weights)
+    report(bench, {name: train_student(bench, name, setting) for name, (setting, _) in found.items()}, found)
 
 
 class Bench(NamedTuple):
@@ -184,7 +185,9 @@ def make_bench(session: phases.Session, splits: Any, pair: methods.Pair) -> Benc
   sample = functools.partial(draw_augmented, size=config.batch_size, shift=recipe.shift, flip=recipe.flip)
   feed = phases.Feed(itertools.repeat(phases.on_device(arrays)), sample)
   terms = {"hard": Term(cross_entropy, {"logits": "teacher.logits", "labels": "batch.label"})}
-  learner = training.make_learner({"teacher": teacher}, terms, optimizer(config, config.teacher_steps), sample=sample)
+  learner = training.make_learner(
+    {"teacher": teacher}, terms, optimizer(config, config.teacher_steps, config.learning_rate), sample=sample
+  )
   phase = phases.train(session, "teacher", learner, feed, config.teacher_steps)
   frozen = phases.variables_of(phase.state, "teacher")
   return Bench(
@@ -201,10 +204,11 @@ def make_bench(session: phases.Session, splits: Any, pair: methods.Pair) -> Benc
   )
 
 
-def optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
+def optimizer(config: Config, num_steps: int, learning_rate: Any) -> optax.GradientTransformation:
   """SGD as the CIFAR-100 tables are made with, its three drops at 150, 180 and 210 of 240 epochs."""
   drops = {int(num_steps * epoch / 240): 0.1 for epoch in (150, 180, 210)}
-  rate = optax.piecewise_constant_schedule(config.learning_rate or 0.0, drops)
+  share = optax.piecewise_constant_schedule(1.0, drops)
+  rate = lambda step: learning_rate * share(step)
   return optax.chain(
     optax.clip_by_global_norm(RECIPES[config.dataset].clip),
     optax.add_decayed_weights(5e-4),
@@ -212,21 +216,27 @@ def optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
   )
 
 
-def program(bench: Bench, name: str, weight: Any) -> tuple[training.Learner, dict[str, models.Model]]:
-  """The learner of a method with a weight, which may be traced, and its connectors; the baseline has none."""
+def program(bench: Bench, name: str, setting: Mapping[str, Any]) -> tuple[training.Learner, dict[str, models.Model]]:
+  """The learner of a method and its connectors; the baseline has none.
+
+  Args:
+    bench: what methods share.
+    name: of the method, or `baseline`.
+    setting: `weight`, `temperature` and `rate`, which may be traced; what is not there is the default.
+  """
   config, entry, connectors = bench.session.config, METHODS.get(name), {}
   networks = {"student": bench.student, "teacher": bench.teacher}
   labels = {"logits": "student.logits", "labels": "batch.label"}
   terms = {"hard": Term(cross_entropy, labels, 1.0 if entry is None else entry.hard)}
   if entry is not None and entry.build is not None:
-    grown = config.student_steps / 12
+    grown, weight = config.student_steps / 12, setting.get("weight", 1.0)
     growing = lambda step: weight * jnp.minimum((step + 1) / grown, 1.0)
-    method = entry.build(bench.pair, weight=growing if entry.warm_up else weight, **settings_of(bench, name))
+    given = settings_of(bench, name) | {key: setting[key] for key in ("temperature",) if key in setting}
+    method = entry.build(bench.pair, weight=growing if entry.warm_up else weight, **given)
     connectors = dict(method.models)
     terms |= {f"distil/{term}": value for term, value in method.terms.items()}
-  learner = training.make_learner(
-    networks | connectors, terms, optimizer(config, config.student_steps), sample=bench.feed.sample
-  )
+  descent = optimizer(config, config.student_steps, setting.get("rate", config.learning_rate))
+  learner = training.make_learner(networks | connectors, terms, descent, sample=bench.feed.sample)
   return learner, connectors
 
 
@@ -244,10 +254,10 @@ def settings_of(bench: Bench, name: str) -> dict[str, Any]:
   return {}
 
 
-def train_student(bench: Bench, name: str, weight: float) -> Student:
+def train_student(bench: Bench, name: str, setting: Mapping[str, float]) -> Student:
   """Trains the students of a method, one for each seed, tests them and measures a step."""
   config = bench.session.config
-  learner, connectors = program(bench, name, weight)
+  learner, connectors = program(bench, name, setting)
   phase = phases.train(
     bench.session,
     f"students, {name}",
@@ -270,86 +280,40 @@ def validation(bench: Bench) -> Any:
   return lambda state: {"validation/accuracy": bench.validate(phases.variables_of(state, "student"))["accuracy"]}
 
 
-def weight_of(config: Config, name: str) -> tuple[float, str]:
-  """Returns the weight of a method and where it comes from."""
-  published = METHODS[name].weight
-  found = read_weights(config).get(config.dataset, {}).get(name)
-  if found:
-    here = (tuple(found["pair"]), found["steps"]) == (config.pair, config.student_steps)
-    tuned_on = "tuned" if here else f"tuned on {' to '.join(found['pair'])}, {found['steps']} steps"
-    return float(found["weight"]), tuned_on if published is None else f"{tuned_on}, {published:g} published"
-  return (1.0, "untuned") if published is None else (published, "published")
-
-
-def read_weights(config: Config) -> dict[str, dict[str, Any]]:
-  """Returns the tuned weights by data set and method, each with what it was tuned on; none if there is no file.
-
-  Raises:
-    ValueError: if the file is not one that `write_weights` wrote.
-  """
-  file = pathlib.Path(config.weights)
-  if not file.is_file():
-    return {}
-  try:
-    tuned = json.loads(file.read_text())
-    for entry in (entry for methods in tuned.values() for entry in methods.values()):
-      if not float(entry["weight"]) >= 0 or not int(entry["steps"]) >= 1:
-        raise ValueError("a weight below 0, or no steps")
-      " to ".join(entry["pair"])
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
-      f"weights: {file} is not a file that --tune writes ({type(error).__name__}: {error}); name another"
-    ) from error
-  return tuned
-
-
 def tune(bench: Bench) -> None:
-  """Tries four weights for every method, all of them in one vmapped program."""
+  """Tries a grid of settings for every method and for the baseline, each grid as one program."""
   config = bench.session.config
   seeds = min(config.tune_seeds, config.seeds)
   found = {}
-  for name in config.methods:
-    published = METHODS[name].weight
-    grid = GRID if published is None else tuple(published * share for share in SHARES)
-    found[name] = tune_one(bench, name, grid, seeds)
+  for name in (BASELINE, *config.methods):
+    found[name] = tune_one(bench, name, grid_of(config, name), seeds)
     print(f"{name}: {found[name]}")
-  write_weights(config, found)
+  write_settings(config, found)
+  scores = {name: entry["validation accuracy"] for name, entry in found.items()}
+  pictures.sweeps(bench.session.directory, scores, BASELINE)
 
 
-def tune_one(bench: Bench, name: str, grid: tuple[float, ...], seeds: int) -> dict[str, Any]:
-  """Returns the best weight of a method and the validation accuracy of each."""
+def tune_one(bench: Bench, name: str, grid: Mapping[str, np.ndarray], seeds: int) -> dict[str, Any]:
+  """Returns the best setting of a method, and the validation accuracy of each."""
   config = bench.session.config
-  lanes = [(weight, seed) for weight in grid for seed in range(seeds)]
-  of_lanes = lambda leaf: leaf[np.asarray([seed for _, seed in lanes])]
-  build = lambda weight: program(bench, name, weight)[0]
-  learner = training.Learner(
-    lambda key, arrays, frozen: build(frozen["weight"]).init(key, arrays, frozen["models"]),
-    lambda state, arrays, frozen: build(frozen["weight"]).step(state, arrays, frozen["models"]),
-  )
-  still = {"teacher": jax.tree.map(of_lanes, bench.frozen_teacher)}
-  frozen = {"weight": jnp.asarray([weight for weight, _ in lanes]), "models": still}
-  keys = of_lanes(jax.random.split(jax.random.key(0), config.seeds))
+  learner = sweeps.sweep(lambda setting: program(bench, name, setting)[0], grid)
+  keys = jax.random.split(jax.random.key(0), config.seeds)[:seeds]
+  frozen = {"teacher": jax.tree.map(lambda leaf: leaf[:seeds], bench.frozen_teacher)}
   phase = phases.train(
     bench.session, f"tuning, {name}", learner, bench.feed, config.student_steps, keys=jnp.copy(keys), frozen=frozen
   )
-  scores = bench.validate(phases.variables_of(phase.state, "student"))["accuracy"]
-  means = np.asarray(scores).reshape(len(grid), seeds).mean(axis=1)
-  return {
-    "weight": grid[int(means.argmax())],
-    "validation accuracy": {f"{weight:g}": round(float(mean), 4) for weight, mean in zip(grid, means, strict=True)},
+  every = phases.variables_of(phase.state, "student")  # [seeds, settings, ...]
+  together = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every)
+  means = np.asarray(bench.validate(together)["accuracy"]).reshape(seeds, -1).mean(axis=0)
+  tried = [sweeps.setting_at(grid, index) for index in range(len(means))]
+  return tried[int(means.argmax())] | {
+    "validation accuracy": [
+      setting | {"accuracy": round(float(mean), 4)} for setting, mean in zip(tried, means, strict=True)
+    ]
   }
 
 
-def write_weights(config: Config, found: dict[str, Any]) -> None:
-  """Adds tuned weights to the file, with what they were tuned on."""
-  file, tuned = pathlib.Path(config.weights), read_weights(config)
-  note = {"pair": config.pair, "steps": config.student_steps, "seeds": min(config.tune_seeds, config.seeds)}
-  found = {name: entry | note for name, entry in found.items()}
-  tuned[config.dataset] = tuned.get(config.dataset, {}) | found
-  training.write_atomically(file, json.dumps(tuned, indent=1) + "\n")
-
-
-def report(bench: Bench, students: dict[str, Student], weights: dict[str, tuple[float, str]]) -> None:
+def report(bench: Bench, students: dict[str, Student], found: dict[str, tuple[dict[str, float], str]]) -> None:
   """Writes the ranked table and the pictures."""
   config = bench.session.config
   baseline = students[BASELINE].accuracy
@@ -358,8 +322,8 @@ def report(bench: Bench, students: dict[str, Student], weights: dict[str, tuple[
     {
       "method": name,
       "title": METHODS[name].title if name in METHODS else BASELINE,
-      "weight": weights.get(name, (None, ""))[0],
-      "source": weights.get(name, (None, ""))[1],
+      **{key: found[name][0].get(key) for key in ("weight", "temperature", "rate")},
+      "source": found[name][1],
       "accuracy": student.accuracy,
       "difference": None if name == BASELINE else np.subtract(student.accuracy, baseline).tolist(),
       "extra parameters": student.extra,
@@ -390,6 +354,8 @@ def row(rank: int, result: dict[str, Any], known: dict[str, float]) -> dict[str,
     "method": result["title"],
     "loss": result["method"],
     "weight": "" if result["weight"] is None else f"{result['weight']:g} ({result['source']})",
+    "temperature": "" if result["temperature"] is None else f"{result['temperature']:g}",
+    "rate": "" if result["rate"] is None else f"{result['rate']:g}",
     "test accuracy (%)": common.plus_minus(result["accuracy"]),
     "difference to baseline": "" if difference is None else common.plus_minus(difference, sign="+"),
     "beyond noise": beyond,

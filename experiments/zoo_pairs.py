@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.networks import network, read
+from experiments.networks import FLAT, network, read_one_task
 from kdflax import data, methods, models, training
 
 
@@ -21,9 +21,27 @@ class Recipe(NamedTuple):
   clip: float = float("inf")  # of the global norm of the gradient
   shift: int = 0  # pixels
   flip: bool = False
+  chosen: tuple[str, ...] = ()  # methods to compare, if not all
 
 
+# Of each kind a few: logits, features and maps, relations, contrast.
+CHOSEN = (
+  "kl_soft_targets",
+  "dkd",
+  "dist",
+  "standardize_logits",
+  "reverse_kl",
+  "hint",
+  "cosine",
+  "attention_transfer",
+  "vid",
+  "similarity_preserving",
+  "pkt",
+  "rkd_distance",
+  "crd",
+)
 RECIPES = {
+  "glyphs": Recipe(("convnet-8-16-32-flat", "convnet-2-4-4-flat"), 600, 300, 64, 0.05, clip=5.0, chosen=CHOSEN),
   "digits": Recipe(("convnet-16-32", "convnet-4-8"), 600, 600, 64, 0.05, clip=5.0),
   # 240 epochs of 50000 images, as RepDistiller and mdistiller train every pair below.
   "cifar100": Recipe(("resnet56", "resnet20"), 187_500, 187_500, 64, 0.05, shift=4, flip=True),
@@ -63,7 +81,7 @@ def published(pair: tuple[str, str]) -> dict[str, float]:
 
 def load(config: Any) -> dict[str, Any]:
   """Reads the data set of a config; `row` counts the examples of a split."""
-  splits = read(config)
+  splits = read_one_task(config)
   kept = {name: {key: split[key] for key in ("image", "label")} for name, split in splits.items()}
   return {name: split | {"row": np.arange(len(split["label"]), dtype=np.int32)} for name, split in kept.items()}
 
@@ -76,7 +94,7 @@ def classifier(name: str, dataset: str) -> models.Model:
   """
   known = data.dataset(dataset)
   model = network(name, max(task.classes or 0 for task in known.tasks.values()), known.normalisation)
-  if name.startswith("mlp") or (name.startswith("convnet") and name.count("-") < 2):
+  if name.startswith("mlp") or (name.startswith("convnet") and name.removesuffix(FLAT).count("-") < 2):
     raise ValueError(f"{name} has fewer than two stages of feature maps, which the methods compare")
   return model
 

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import fuse
+from experiments import fuse, fuse_report
 from kdflax import models
+from kdflax.objectives import evaluate
 
 pytestmark = [pytest.mark.usefixtures("compile_cache"), pytest.mark.xdist_group("fuse")]  # one cache, in one process
 
 TINY = fuse.Config(
+  dataset="overlaid_digits",
   pair=("mlp-8", "mlp-4"),
   labels=20,
   methods=("joint", "composite"),
@@ -49,7 +51,7 @@ def test_cifar_100_has_fine_and_coarse_classes_as_tasks(tmp_path, cifar100):
   small |= {"teacher_steps": 1, "student_steps": 1, "save_every": 1}
   fuse.main(dataclasses.replace(TINY, run=str(tmp_path / "run"), **small))
   results = json.loads((tmp_path / "run" / "results.json").read_text())["multi-task teacher"]
-  assert results["accuracy"].keys() == {"fine", "coarse"}
+  assert results["score"].keys() == {"fine", "coarse"}
   image = {"image": jnp.zeros((1, 32, 32, 3))}
   encoder, _ = models.convnet((2, 3), None).init(jax.random.key(0), image)
   assert results["parameters"] == models.count_parameters(encoder) + (100 + 20) * (3 + 1)
@@ -59,7 +61,7 @@ def test_cifar_100_has_fine_and_coarse_classes_as_tasks(tmp_path, cifar100):
   ("changes", "message"),
   [
     ({"methods": ("jointly",)}, "methods must be of .*independent taught.*; got .'jointly'"),
-    ({"balancers": ("Krum",)}, r"unknown balancers \['Krum'\]; for two tasks there are random weights"),
+    ({"balancers": ("Krum",)}, r"unknown balancers \['Krum'\]; for 2 tasks there are random weights"),
     ({"pair": ("mlp-8", "vgg16")}, "no network 'vgg16': name mlp-256"),
     ({"temperature": 0.0}, "temperature must be positive; got 0.0"),
     ({"labels": 8}, "batch_size=16 is larger than the labelled data: 8 images"),
@@ -67,7 +69,10 @@ def test_cifar_100_has_fine_and_coarse_classes_as_tasks(tmp_path, cifar100):
     ({"held_out": 5}, "held_out=5 is for cifar"),
     ({"held_out": -1}, "held_out must be at least 0; got -1"),
     ({"pair": ("mlp-8", "mlp-0")}, "no network 'mlp-0'"),
-    ({"dataset": "digits"}, "dataset='digits' is not for this experiment, which takes overlaid_digits, cifar100"),
+    (
+      {"dataset": "digits"},
+      "dataset='digits' is not for this experiment, which takes glyphs, overlaid_digits, cifar100",
+    ),
     ({"dataset": "cifar100"}, "dataset='cifar100' needs path: a folder with train.bin and test.bin"),
   ],
 )
@@ -83,14 +88,44 @@ def test_more_labels_than_images_are_refused_before_anything_is_written(tmp_path
 
 
 def test_all_balancers_that_work_for_two_tasks_are_compared_with_the_plain_sum():
-  compared = fuse.Config().checked().compared()
+  compared = fuse.Config(dataset="overlaid_digits").checked().compared()
   balanced = [name for name, method in compared.items() if method.balancer]
   assert len(balanced) == len(fuse.BALANCERS) - 2
-  assert all(fuse.meaningful(name, "composite") and not fuse.meaningful(name, "joint") for name in balanced)
-  assert fuse.meaningful("composite", "joint") and not fuse.meaningful("joint", "joint")
+  assert all(
+    fuse_report.meaningful(name, "composite") and not fuse_report.meaningful(name, "joint") for name in balanced
+  )
+  assert fuse_report.meaningful("composite", "joint") and not fuse_report.meaningful("joint", "joint")
 
 
 def test_the_old_name_of_a_data_set_forwards_for_now():
   with pytest.warns(FutureWarning, match=r"--cifar goes with version 0.3: --dataset cifar100 --path there"):
     config = dataclasses.replace(TINY, cifar="there").checked()
   assert config == dataclasses.replace(TINY, dataset="cifar100", path="there").checked()
+
+
+def test_a_regression_is_learned_from_labels_and_teachers_by_squared_errors():
+  weight = fuse.Config().tasks["weight"]
+  context = {"student": {"logits": jnp.array([1.0, 2.0])}, "teacher": {"logits": jnp.array([0.0, 5.0])}}
+  context |= {"batch": {"label": jnp.array([3.0, 9.0]), "labelled": jnp.array([True, False])}}
+  hard = fuse.hard_term(weight, "student.logits", "batch.label", where="batch.labelled")
+  soft = fuse.soft_term(fuse.Config(), weight, "student.logits", "teacher.logits")
+  values, _ = evaluate({"hard": hard, "soft": soft}, context)
+  assert values["hard"] == pytest.approx(4.0)  # of the labelled image alone
+  assert values["soft"] == pytest.approx((1 + 9) / 2)
+
+
+def test_glyphs_are_three_tasks_whose_weights_are_standardised():
+  config = fuse.Config(balancers=("Krum",)).checked()
+  assert list(config.compared())[-1] == "composite Krum"
+  labels = fuse.load(config)["train"]["label"]
+  assert list(labels) == ["character", "italic", "weight"]
+  assert labels["weight"].mean() == pytest.approx(0, abs=1e-5) and labels["weight"].std() == pytest.approx(1, rel=1e-5)
+  assert set(labels["italic"].tolist()) == {0, 1}
+
+
+def test_the_score_of_a_regression_is_the_variance_explained():
+  assert fuse_report.titles(fuse.Config().tasks) == {
+    "character": "character: accuracy (%)",
+    "italic": "italic: accuracy (%)",
+    "weight": "weight: R² (%)",
+  }

@@ -12,6 +12,7 @@ from experiments import zoo, zoo_pairs
 pytestmark = [pytest.mark.usefixtures("compile_cache"), pytest.mark.xdist_group("zoo")]  # one cache, in one process
 
 TINY = zoo.Config(
+  dataset="digits",
   pair=("convnet-4-6", "convnet-2-3"),
   methods=("kl_soft_targets", "crd"),
   seeds=2,
@@ -62,27 +63,43 @@ def test_published_numbers_are_those_of_the_pair():
 
 
 @pytest.mark.slow
-def test_tuning_keeps_the_best_weight_of_the_validation_split(tmp_path):
+def test_tuning_keeps_the_best_setting_of_the_validation_split(tmp_path):
   weights = tmp_path / "weights.json"
   config = dataclasses.replace(TINY, run=str(tmp_path / "run"), methods=("reverse_kl", "crd"), weights=str(weights))
-  zoo.main(dataclasses.replace(config, tune=True, tune_seeds=1))
+  zoo.main(dataclasses.replace(config, tune=True, tune_seeds=2))
   tuned = json.loads(weights.read_text())["digits"]
-  assert tuned.keys() == {"reverse_kl", "crd"}
-  for name, grid in (("reverse_kl", zoo.GRID), ("crd", [0.8 * share for share in zoo.SHARES])):
-    scores = tuned[name]["validation accuracy"]
-    assert list(scores) == [f"{weight:g}" for weight in grid]
-    assert scores[f"{tuned[name]['weight']:g}"] == max(scores.values())
-  assert zoo.weight_of(config, "reverse_kl") == (tuned["reverse_kl"]["weight"], "tuned")
-  assert zoo.weight_of(config, "crd") == (tuned["crd"]["weight"], "tuned, 0.8 published")
-  longer = dataclasses.replace(config, student_steps=5)
-  assert zoo.weight_of(longer, "crd")[1] == "tuned on convnet-4-6 to convnet-2-3, 4 steps, 0.8 published"
-  assert zoo.weight_of(config, "dkd") == (1.0, "published") and zoo.weight_of(config, "nkd") == (1.0, "untuned")
+  assert tuned.keys() == {"baseline", "reverse_kl", "crd"}
+  assert [len(tuned[name]["validation accuracy"]) for name in tuned] == [2, 4 * 2 * 2, 4 * 2]
+  for entry in tuned.values():
+    best = next(
+      row for row in entry["validation accuracy"] if all(entry[key] == row[key] for key in row.keys() & entry)
+    )
+    assert best["accuracy"] == max(row["accuracy"] for row in entry["validation accuracy"])
+  assert (tmp_path / "run" / "sweeps.png").stat().st_size > 0
+  checked = config.checked()
+  found = {key: tuned["crd"][key] for key in ("weight", "rate")}
+  assert zoo.setting_of(checked, "crd") == (found, "tuned, 0.8 published")
+  assert zoo.setting_of(checked, "baseline") == ({"rate": tuned["baseline"]["rate"]}, "tuned")
+  longer = dataclasses.replace(checked, student_steps=5)
+  assert zoo.setting_of(longer, "crd")[1] == "tuned on convnet-4-6 to convnet-2-3, 4 steps, 0.8 published"
+  assert zoo.setting_of(checked, "dkd") == ({"weight": 1.0}, "published")
+  assert zoo.setting_of(checked, "nkd") == ({"weight": 1.0}, "untuned")
+
+
+def test_temperatures_are_tuned_where_a_method_has_one():
+  config = TINY.checked()
+  with_one = {name for name in zoo.METHODS if "temperature" in zoo.grid_of(config, name)}
+  assert {"kl_soft_targets", "dkd", "dist", "standardize_logits", "reverse_kl"} <= with_one
+  assert not {"hint", "crd", "info_nce", "hard_targets", "ctkd", "mlkd"} & with_one
+  assert zoo.grid_of(config, "baseline").keys() == {"rate"}
+  np.testing.assert_allclose(np.unique(zoo.grid_of(config, "hint")["weight"]), [0.1, 1.0, 10.0, 100.0])
 
 
 @pytest.mark.parametrize("name", zoo.METHODS)
 def test_every_method_learns_on_the_pair(name, bench):
   """One step, shapes only: connectors, paths and losses fit, and the method reaches the student."""
-  learner, _ = zoo.program(bench, name, 1.0)
+  warm = {"temperature": 2.0} if "temperature" in zoo.grid_of(bench.session.config, name) else {}
+  learner, _ = zoo.program(bench, name, {"weight": 1.0, "rate": 0.1, **warm})
   arrays = next(iter(bench.feed.batches))
   frozen = {"teacher": bench.frozen_teacher}
   one_seed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), frozen)
@@ -110,17 +127,17 @@ def bench():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"methods": ("kd",)}, r"methods has no \['kd'\]; there are kl_soft_targets"),
+    ({"methods": ("kd",)}, r"methods has no \['kd'\]; there are all, kl_soft_targets"),
     ({"pair": ("resnet56", "vgg8")}, "no network 'vgg8'"),
     ({"pair": ("mlp-8", "mlp-4")}, "mlp-8 has fewer than two stages"),
     ({"pair": ("convnet-8", "convnet-2-3")}, "convnet-8 has fewer than two stages"),
     ({"learning_rate": 0.0}, "learning_rate must be positive"),
     ({"held_out": 5}, "held_out=5 is for cifar"),
     ({"dataset": "cifar100", "path": "somewhere", "tune": True}, "tune needs a validation split"),
-    ({"dataset": "wine"}, "dataset='wine' is not for this experiment, which takes digits, cifar100"),
+    ({"dataset": "wine"}, "dataset='wine' is not for this experiment, which takes glyphs, digits, cifar100"),
     (
       {"dataset": "cifar100"},
-      "dataset='cifar100' needs path: a folder with train.bin and test.bin; of digits, cifar100",
+      "dataset='cifar100' needs path: a folder with train.bin and test.bin; of glyphs, digits, cifar100",
     ),
     ({"path": "somewhere"}, "path='somewhere' is for data read from files; digits needs none"),
     ({"weights": "typo.json"}, "weights: there is no file typo.json; --tune writes one"),
@@ -165,6 +182,8 @@ def test_truncated_files_are_refused_before_anything_is_written(tmp_path, cifar1
     '{"digits": {"hint": {"weight": "much", "pair": ["a", "b"], "steps": 1}}}',
     '{"digits": {"hint": {"weight": 1.0, "pair": ["a", "b"]}}}',
     '{"digits": {"hint": {"weight": NaN, "pair": ["a", "b"], "steps": 1}}}',
+    '{"digits": {"hint": {"weight": 1.0, "rate": -1.0, "pair": ["a", "b"], "steps": 1}}}',
+    '{"digits": {"hint": {"rate": 1.0, "pair": ["a", "b"], "steps": 1}}}',
   ],
 )
 def test_a_foreign_file_of_weights_is_refused_before_anything_is_trained(tmp_path, content, tune):
@@ -173,3 +192,16 @@ def test_a_foreign_file_of_weights_is_refused_before_anything_is_trained(tmp_pat
   with pytest.raises(ValueError, match=r"weights: .*weights\.json is not a file that --tune writes \(\w+: "):
     dataclasses.replace(TINY, weights=str(file), tune=tune).checked()
   assert file.read_text() == content
+
+
+def test_glyphs_are_a_choice_of_methods_on_networks_that_keep_positions():
+  config = zoo.Config().checked()
+  assert config.methods == tuple(name for name in zoo.METHODS if name in zoo_pairs.CHOSEN)
+  assert zoo.Config(methods=("all",)).checked().methods == tuple(zoo.METHODS)
+  student = zoo_pairs.classifier(config.pair[1], "glyphs")
+  images = {"image": np.zeros((2, 20, 20, 1), np.uint8)}
+  outputs = jax.eval_shape(
+    lambda key: student.apply(*student.init(key, images), images, train=False)[0], jax.random.key(0)
+  )
+  last = outputs["features"]["stage3"].shape
+  assert last[:3] == (2, 5, 5) and outputs["embedding"].shape == (2, 25 * last[3])

@@ -54,6 +54,14 @@ def test_convnet_outputs():
   }
 
 
+def test_a_convnet_that_does_not_pool_keeps_the_positions_of_its_last_map():
+  flat = shapes_of(models.convnet((4, 6, 8), 3, pool=False), images(2, 9, 8, 1))
+  assert flat["embedding"] == (2, 3 * 2 * 8) and flat["features"]["stage3"] == (2, 3, 2, 8)
+  model, batch = models.convnet((2,), None, pool=False), images(1, 3, 3, 1)
+  outputs, _ = model.apply(*model.init(KEY, batch), batch, train=False, key=None)
+  np.testing.assert_array_equal(outputs["embedding"][0], outputs["features"]["stage1"][0].ravel())
+
+
 def test_resnet_outputs():
   outputs = shapes_of(models.resnet("resnet8x4"), images(2, 32, 32, 3))
   maps = {"stem": (2, 32, 32, 32), "stage1": (2, 32, 32, 64), "stage2": (2, 16, 16, 128), "stage3": (2, 8, 8, 256)}
