@@ -11,6 +11,8 @@ from kdflax import balancing as b
 # By the name of the paper, `(number of tasks, number of steps) -> balancer`. All are compared with constant weights.
 BALANCERS = {name: entry.build for name, entry in b.CATALOGUE.items() if entry.function is not b.fixed}
 NEED_THREE_TASKS = tuple(name for name, entry in b.CATALOGUE.items() if entry.least > 2)
+# Of each kind a few: from losses, from the Gramian, from whole gradients.
+CHOSEN = ("DWA", "uncertainty", "FAMO", "MGDA", "PCGrad", "CAGrad", "Nash-MTL", "Aligned-MTL", "UPGrad", "DB-MTL")
 
 
 def one_of(made: Sequence[Any], index: jax.Array) -> Any:

@@ -32,7 +32,7 @@ import numpy as np
 import optax
 
 from experiments import common, joint_report, phases
-from experiments.balancers import BALANCERS, NEED_THREE_TASKS, one_of
+from experiments.balancers import BALANCERS, CHOSEN, NEED_THREE_TASKS, one_of
 from experiments.networks import check_widths, few_glyphs, tasks_of
 from kdflax import balancing, coupling, data, models, training
 from kdflax.objectives import Term, evaluate
@@ -90,18 +90,7 @@ class Config:
   """Settings for the diabetes patients."""
   glyphs: Settings = Settings(hidden=(32, 16), steps=600)
   """Settings for the glyphs."""
-  balancers: tuple[str, ...] = (
-    "DWA",
-    "uncertainty",
-    "FAMO",
-    "MGDA",
-    "PCGrad",
-    "CAGrad",
-    "Nash-MTL",
-    "Aligned-MTL",
-    "UPGrad",
-    "DB-MTL",
-  )
+  balancers: tuple[str, ...] = CHOSEN
   """Balancers to try on the hard-sharing network; without one, its losses are added."""
   seeds: int = 5
   """Paired repetitions, trained together by vmap."""
