@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.quick import compile_quickly
+from kdflax import training
 from kdflax.extras import extra
 from kdflax.training import DiskFull, ExitCode, main_guard, write_atomically
 
@@ -56,6 +57,37 @@ def check_room(path: str | pathlib.Path) -> None:
   free = shutil.disk_usage(existing).free
   if free < _ROOM:
     raise DiskFull(f"only {free / 2**20:.0f} MiB are free at {existing}, a run wants {_ROOM / 2**20:.0f}; make room")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+  """What an experiment runs on: it changes where numbers lie, and nothing of the results."""
+
+  mesh: str | None = None
+  """Devices by axis, as data=8 or data=4,model=2: examples are spread over data, outputs of kernels over model."""
+  fsdp: str | None = None
+  """Axis of the mesh over which every large array of the training state is cut; whole everywhere if not given."""
+
+  def layout(self, leading: int) -> training.Layout | None:
+    """The layout that is asked for, or None for the plain one: a copy of everything on every device.
+
+    Args:
+      leading: axes of each array that count trainings.
+    """
+    if self.mesh is None and self.fsdp is None:
+      return None
+    axes = dict(_axis(entry) for entry in self.mesh.split(",")) if self.mesh else None
+    mesh = training.make_mesh(axes)
+    rules = [training.tensor_parallel("model")] if "model" in mesh.shape else []
+    rules += [training.fsdp(self.fsdp)] if self.fsdp else []
+    return training.Layout(mesh, rules, leading=leading)
+
+
+def _axis(entry: str) -> tuple[str, int]:
+  name, _, size = entry.strip().partition("=")
+  if not name or not size.lstrip("-").isdigit():
+    raise ValueError(f"mesh is written as data=4,model=2; got {entry!r}")
+  return name, int(size)
 
 
 class Progress:

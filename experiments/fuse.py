@@ -103,7 +103,7 @@ METHODS: dict[str, Method] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Devices):
   """Settings of the experiment; they are bound to the run directory."""
 
   run: str = "runs/fuse"

@@ -77,7 +77,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Devices):
   """Settings of the experiment; they are bound to the run directory."""
 
   run: str = "runs/joint"
@@ -169,6 +169,7 @@ class Work(NamedTuple):
   problem: Problem
   settings: Settings
   splits: Any  # by name; arrays [seeds, examples, ...] on the device
+  layout: training.Layout | None = None
 
 
 class Machine(NamedTuple):
@@ -189,7 +190,8 @@ class Trained(NamedTuple):
 
 def solve(session: phases.Session, name: str) -> Iterator[dict[str, Any]]:
   """Trains every method on a problem; one result for each, with a number for each seed."""
-  work = Work(name, PROBLEMS[name], getattr(session.config, name), load(name, session.config.seeds))
+  config, problem = session.config, PROBLEMS[name]
+  work = Work(name, problem, getattr(config, name), load(name, config.seeds), config.layout(leading=2))
   soft = machine(work, network(work, "soft"), penalties=(coupling.l2_coupling, trace_norm))
   trained = train(session, work, "L2 soft", soft, 0, (0.0, *work.settings.l2))
   baseline = networks_at(trained)  # without coupling the networks are independent
@@ -308,8 +310,8 @@ def machine(work: Work, model: models.Model, *, penalties: Sequence = (), balanc
     one = lambda state, strength: jax.vmap(learner(arrays, strength).step)(state, arrays["train"])
     return jax.vmap(one)(state, arrays["strength"])
 
-  compiled = training.make_train_step(training.Learner(init, step), steps_per_call=STEPS_PER_CALL)
-  return Machine(phases.Program(jax.jit(init), compiled, STEPS_PER_CALL), predictor(work, model))
+  program = phases.program(training.Learner(init, step), work.layout, STEPS_PER_CALL)
+  return Machine(program, predictor(work, model))
 
 
 def train(

@@ -6,6 +6,8 @@ seeds. What it trains is a `Learner`, so any models, terms, balancer or averages
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import pathlib
 import threading
@@ -24,7 +26,7 @@ from kdflax.objectives import Term
 from kdflax.training.metrics import accuracy
 
 PyTree = Any
-_UNBOUND = ("run", "accept_changes")  # settings that may differ when a run continues
+_UNBOUND = ("run", "accept_changes", "mesh", "fsdp")  # settings that may differ when a run continues
 
 
 class Session(NamedTuple):
@@ -51,6 +53,7 @@ class Program(NamedTuple):
   init: Callable[..., training.TrainState]  # (keys, batch, *frozen) -> state
   step: Any  # of `make_train_step`: (state, batch, *frozen) -> (state, metrics)
   steps_per_call: int = 1
+  layout: training.Layout | None = None  # what is sharded how, if not everything is everywhere
 
 
 class Phase(NamedTuple):
@@ -106,15 +109,45 @@ def train(
   """
   given = () if frozen is None else (frozen,)
   axes = (0, feed.axes, *(0 for _ in given))
-  seeds = training.Learner(jax.vmap(learner.init, axes), jax.vmap(learner.step, axes))
-  mesh = training.make_mesh()
+  seeds = training.Learner(jax.vmap(learner.init, axes), jax.vmap(learner.step, axes), learner.follows)
+  layout, mesh = session.config.layout(leading=1), training.make_mesh()
 
   def init(*arguments):
     # Not jitted: its operations are compiled once for all phases, its program would be compiled for each.
     return jax.device_put(seeds.init(*arguments), training.replicated(mesh))
 
-  program = Program(init, training.make_train_step(seeds, mesh=mesh))
-  return run(session, name, program, feed, num_steps, keys=keys, frozen=frozen, evaluate=evaluate)
+  everywhere = Program(init, training.make_train_step(seeds, mesh=mesh))
+  chosen = everywhere if layout is None else program(seeds, layout)
+  return run(session, name, chosen, feed, num_steps, keys=keys, frozen=frozen, evaluate=evaluate)
+
+
+def program(learner: training.Learner, layout: training.Layout | None, steps_per_call: int = 1) -> Program:
+  """The program of a learner of all repetitions, under a layout if there is one."""
+  step = training.make_train_step(learner, layout=layout, steps_per_call=steps_per_call)
+  init = jax.jit(learner.init) if layout is None else functools.partial(training.init_state, learner, layout=layout)
+  return Program(init, step, steps_per_call, layout)
+
+
+def _placed(feed: Feed, layout: training.Layout) -> Feed:
+  """A feed whose arrays are on the devices: batches spread over them, what they are drawn from on each."""
+  place = functools.partial(training.place_batch, mesh=layout)
+  if hasattr(feed.batches, "get_state"):
+    return feed._replace(batches=_PlacedBatches(feed.batches, place))
+  if feed.sample is None and not isinstance(feed.batches, itertools.repeat):
+    return feed._replace(batches=map(place, feed.batches))
+  arrays = jax.device_put(next(feed.batches), training.replicated(layout.mesh))
+  return feed._replace(batches=itertools.repeat(arrays))
+
+
+class _PlacedBatches:
+  """Batches of a stream on the devices; the position is that of the stream."""
+
+  def __init__(self, batches: Any, place: Callable[[Any], Any]):
+    self._batches, self._place = batches, place
+    self.get_state, self.set_state = batches.get_state, batches.set_state
+
+  def __next__(self) -> Any:
+    return self._place(next(self._batches))
 
 
 def run(
@@ -143,6 +176,8 @@ def run(
   config, chunk = session.config, program.steps_per_call
   keys = jax.random.split(jax.random.key(0), config.seeds) if keys is None else keys
   given = () if frozen is None else (frozen,)
+  if program.layout is not None:
+    feed, given = _placed(feed, program.layout), jax.device_put(given, training.replicated(program.layout.mesh))
   bound = {name: training.digest(arrays) for name, arrays in (frozen or {}).items()} | dict(feed.bound or {})
   example = common.peek(feed.batches)
   state = program.init(keys, example, *given)

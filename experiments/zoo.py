@@ -46,7 +46,7 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Devices):
   __doc__ = f"""Settings of the experiment; they are bound to the run directory.
 
   Three pairs on CIFAR-100 come with published numbers, which the table repeats beside its own:

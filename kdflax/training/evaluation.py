@@ -11,18 +11,26 @@ from kdflax.model import Model, PyTree, Variables
 from kdflax.objectives import Metrics, Term, evaluate
 from kdflax.training import metrics
 from kdflax.training.forward import run_fixed, start_context
+from kdflax.training.sharding import Layout, laid_out, pin_batch
 
 
-def make_eval_step(models: Mapping[str, Model], terms: Mapping[str, Term]) -> Callable:
+def make_eval_step(models: Mapping[str, Model], terms: Mapping[str, Term], *, layout: Layout | None = None) -> Callable:
   """Compiles an evaluation: `(variables by model name, batch, step=0) -> metrics`, in evaluation mode.
 
   Terms whose inputs name `"where": "batch.where"` leave out the padding of a last batch. Schedules are read at `step`:
   give that of the training state (`state.step`), or temperatures are those of the start.
+
+  Args:
+    models: by name, in an order in which each finds what it reads.
+    terms: whose metrics are wanted.
+    layout: of the training, if it has one: variables stay where they are, a batch is spread over the devices.
   """
 
   @jax.jit
   def evaluate_batch(variables: Variables, batch: PyTree, step: jax.Array | int = 0) -> Metrics:
-    return evaluate(terms, apply_models(models, variables, batch, step), step)[1]
+    with laid_out(layout):
+      context = apply_models(models, variables, pin_batch(batch), step)
+    return evaluate(terms, context, step)[1]
 
   return evaluate_batch
 

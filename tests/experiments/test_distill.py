@@ -228,3 +228,21 @@ def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path):
   assert killed[0] and sum(killed) >= 2, "the run ended before it was killed; make it longer"
   kill_points.finish(kill_points.start(broken))
   assert kill_points.fingerprint(broken) == kill_points.fingerprint(whole)
+
+
+@pytest.mark.slow
+def test_a_layout_changes_where_numbers_lie_and_not_what_they_are(tmp_path):
+  """All arrays of the state cut over eight devices; a run continues on another mesh than it began on."""
+  sizes = TINY | {"student_hidden": (128,), "teacher_hidden": (128,)}
+  ways = {"plain": {}, "cut": {"mesh": "data=4,model=2", "fsdp": "data"}, "streamed": {"fsdp": "data"}}
+  rows = {}
+  for name, how in ways.items():
+    pipeline = {"pipeline": "grain"} if name == "streamed" else {}
+    distill.main(distill.Config(run=str(tmp_path / name), **sizes, **how, **pipeline))
+    rows[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+  for plain, cut in zip(rows["plain"], rows["cut"], strict=True):
+    assert plain.keys() == cut.keys() and plain["phase"] == cut["phase"]
+    for key in plain.keys() - {"phase"}:
+      np.testing.assert_allclose(cut[key], plain[key], rtol=1e-4, atol=1e-6)
+  assert len(rows["streamed"]) == len(rows["plain"])
+  distill.main(distill.Config(run=str(tmp_path / "cut"), **sizes, mesh="data=8"))  # complete: nothing is to be done

@@ -75,19 +75,27 @@ def _train(step, state, place, frozen, num_steps):
 
 @functools.cache
 def _one_device(num_steps):
-  learner = _richest()
-  state = learner.init(jax.random.key(0), _batch(), _frozen())
-  return _train(training.make_train_step(learner), state, lambda batch: batch, _frozen(), num_steps)
+  _, step, init, frozen = _spread("1")
+  return _train(step, init(), lambda batch: batch, frozen, num_steps)
 
 
 @functools.cache
 def _spread(name):
-  """(layout, step, state, frozen)."""
+  """(layout, step, init, frozen); on one device without a layout."""
+  if name == "1":
+    learner = _richest()
+    state = learner.init(jax.random.key(0), _batch(), _frozen())
+    return None, training.make_train_step(learner), lambda: _copy(state), _frozen()
   layout = _layout(MESHES[name])
   frozen = training.place_frozen(_frozen(), layout)
   step = training.make_train_step(_richest(), layout=layout)
-  init = functools.partial(training.init_state, _richest(), jax.random.key(0), _batch(), frozen, layout=layout)
-  return layout, step, init, frozen
+  state = training.init_state(_richest(), jax.random.key(0), _batch(), frozen, layout=layout)
+  return layout, step, lambda: _copy(state), frozen
+
+
+def _copy(state):
+  """For a step to take."""
+  return jax.tree.map(jnp.copy, state)
 
 
 def _assert_close(a, b, rtol):
@@ -112,6 +120,67 @@ def test_devices_together_are_one_device_after_fifty_steps(name):
   layout, step, init, frozen = _spread(name)
   end = _train(step, init(), functools.partial(training.place_batch, mesh=layout), frozen, 50)
   _assert_close(end, _one_device(50), rtol=1e-3)
+
+
+class _Batches:
+  """A stream with a position, of batches that lie where a layout wants them."""
+
+  def __init__(self, layout):
+    self._layout, self._next = layout, 0
+
+  def __next__(self):
+    self._next += 1
+    batch = _batch(seed=self._next)
+    return batch if self._layout is None else training.place_batch(batch, self._layout)
+
+  def get_state(self):
+    return self._next
+
+  def set_state(self, state):
+    self._next = state
+
+
+def _fit(folder, name, num_steps):
+  """One process on one kind of devices."""
+  layout, step, init, frozen = _spread(name)
+  with training.Checkpoints(folder) as checkpoints:
+    saving = training.Saving(checkpoints, save_every=2)
+    run = lambda state, batch: step(state, batch, frozen)
+    return training.fit(run, init(), _Batches(layout), num_steps=num_steps, saving=saving)
+
+
+def test_a_training_continues_on_other_devices(tmp_path):
+  """Saved on eight, continued on 4 x 2 and then on one; every array comes back cut as the new layout says."""
+  whole = _fit(tmp_path / "whole", "8", 6)
+  _fit(tmp_path / "moved", "8", 2)
+  state = _spread("4x2")[2]()
+  with training.Checkpoints(tmp_path / "moved") as checkpoints:
+    restored = checkpoints.restore({"state": jax.tree.map(training.loop._shape, state)})
+  assert _specs(restored.arrays["state"]) == _specs(state)
+  for name, num_steps in (("4x2", 4), ("1", 6)):
+    end = _fit(tmp_path / "moved", name, num_steps)
+  _assert_close(end._replace(key=0), whole._replace(key=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_training_continues_on_the_same_devices_with_the_same_bits(tmp_path, name):
+  whole = _fit(tmp_path / "whole", name, 4)
+  _fit(tmp_path / "stopped", name, 2)
+  assert training.digest(_fit(tmp_path / "stopped", name, 4)) == training.digest(whole)
+
+
+def test_an_evaluation_is_that_of_one_device():
+  layout, _, init, frozen = _spread("4x2")
+  terms = {"hard": Term(losses.forward_kl, {
+    "student_logits": "student.logits", "teacher_logits": "teacher.logits", "where": "batch.where"})}  # fmt: skip
+  network = {name: models.mlp((width,), CLASSES) for name, width in (("student", 64), ("teacher", 128))}
+  state = init()
+  variables = {"student": (state.params["student"], state.model_state["student"]), **frozen}
+  found = training.make_eval_step(network, terms, layout=layout)(variables, _batch())["hard"]
+  expected = training.make_eval_step(network, terms)(jax.device_get(variables), _batch())["hard"]
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  said = training.predict(network["student"], variables["student"], [training.place_batch(_batch(), layout)])
+  assert said["logits"].shape == (_batch()["where"].sum(), CLASSES)
 
 
 def test_what_follows_params_lies_where_they_do():
