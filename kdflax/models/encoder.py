@@ -254,7 +254,7 @@ class _Bert(nnx.Module):
   def __call__(self, batch: Mapping[str, jax.Array], *, train: bool, rngs: nnx.Rngs | None) -> Outputs:
     token_ids, mask = (batch[name] for name in _INPUTS)
     places = self.positions(jnp.arange(token_ids.shape[1]))
-    states = self.norm(self.tokens(token_ids) + places + self.segments(jnp.zeros((), jnp.int32)))
+    states = self.norm(self.tokens(token_ids) + places + self.segments(jnp.zeros(1, jnp.int32)))
     states = self.dropout(states, deterministic=not train, rngs=rngs)
     features = {"embeddings": states}
     for index, layer in enumerate(self.layers, start=1):
