@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def test_dropout_needs_a_key_and_changes_the_states():
     variables = jax.jit(model.init)(KEY, batch)
     with pytest.raises(ValueError, match=r"apply\(train=True\) needs a key"):
       model.apply(*variables, batch, train=True)
-    run = jax.jit(functools.partial(model.apply, key=KEY), static_argnames="train")
+    run: Any = jax.jit(functools.partial(model.apply, key=KEY), static_argnames="train")
     trained, evaluated = (run(*variables, batch, train=train)[0]["pooled"] for train in (True, False))
     assert not np.allclose(trained, evaluated)
 
