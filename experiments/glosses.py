@@ -245,8 +245,8 @@ def network(config: Config, student: Student) -> models.Model:
     encoder = models.bag_of_tokens(glosses_teacher.VOCABULARY, width=config.width)
   else:
     width = config.transformer_width
-    sizes: Any = {"width": width, "layers": 2, "heads": 4, "hidden": 4 * width, "positions": config.length, "segments": 1}
-    encoder = models.bert(glosses_teacher.VOCABULARY, **sizes)
+    sizes: Any = {"width": width, "layers": 2, "heads": 4, "hidden": 4 * width, "segments": 1}
+    encoder = models.bert(glosses_teacher.VOCABULARY, positions=config.length, **sizes)
   return models.hard_sharing(encoder, {task: models.task_head(TASKS[task], reads="pooled") for task in student.tasks})
 
 

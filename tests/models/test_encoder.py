@@ -93,7 +93,7 @@ def test_dropout_needs_a_key_and_changes_the_states():
     models.bag_of_tokens(9, width=4, hidden=(4,), dropout=0.5),
   ):
     batch = {"token_ids": jnp.ones((2, 3), jnp.int32), "mask": jnp.ones((2, 3), bool)}
-    variables = jax.jit(model.init)(KEY, batch)
+    variables: Any = jax.jit(model.init)(KEY, batch)
     with pytest.raises(ValueError, match=r"apply\(train=True\) needs a key"):
       model.apply(*variables, batch, train=True)
     run: Any = jax.jit(functools.partial(model.apply, key=KEY), static_argnames="train")
