@@ -47,7 +47,7 @@ def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, con
   if config.attention_soft_cap is not None:
     return _attended_capped(query * scale, key, value, mask, config)
   causal: dict[str, Any] = {"mask": mask} if mask is not None else {"is_causal": True}
-  if mask is None and config.window is not None and config.sliding[0]:
+  if mask is None and config.window is not None and config.slides[0]:
     causal["local_window_size"] = (config.window - 1, 0)
   return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation=config.attention, **causal)
 
@@ -69,7 +69,7 @@ def masks(
   config: DecoderConfig, positions: jax.Array, segments: jax.Array | None, seen: Mapping[str, jax.Array] | None
 ) -> tuple[Mask, Mask]:
   """What a query sees of the keys: in a layer without a window, and in one with it."""
-  plain = segments is None and seen is None and len(set(config.sliding)) == 1
+  plain = segments is None and seen is None and len(set(config.slides)) == 1
   if plain and config.attention_soft_cap is None:
     return None, None  # causal, which attention knows how to do without an array
   length = positions.shape[1]

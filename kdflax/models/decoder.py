@@ -240,7 +240,7 @@ class _Decoder(nnx.Module):
     length = positions.shape[1] if cache is None else cache["positions"].shape[1]
     wide = rotation(config.rope, positions, length, config)
     near = wide if config.local_rope is None else rotation(config.local_rope, positions, length, config)
-    choose = _chooser(config.sliding)
+    choose = _chooser(config.slides)
 
     def body(carry: tuple[jax.Array, Any], layer: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, Any]:
       (x, past), (state, index, slides) = carry, layer
@@ -250,7 +250,7 @@ class _Decoder(nnx.Module):
       return (x, past), x if self.returns_features else None
 
     past = None if cache is None else Past(cache["keys"], cache["values"], jnp.int32(0), cache["index"])
-    numbered = (states, jnp.arange(config.depth, dtype=jnp.int32), jnp.asarray(config.sliding))
+    numbered = (states, jnp.arange(config.depth, dtype=jnp.int32), jnp.asarray(config.slides))
     unroll = 1 if config.scan else config.depth
     (x, past), features = jax.lax.scan(_remembering(body, config), (x, past), numbered, unroll=unroll)
     return x, past, features

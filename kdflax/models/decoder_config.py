@@ -168,9 +168,13 @@ class DecoderConfig:
     set_to("kv_heads", self.heads)
     set_to("head_width", self.width // self.heads)
     set_to("mlp_width", -(-self.width // 3) * 8)
-    set_to("sliding", (self.window is not None,) * self.depth)
     object.__setattr__(self, "sliding", tuple(map(bool, self.sliding)))
     self._check()
+
+  @property
+  def slides(self) -> tuple[bool, ...]:
+    """For each layer, whether it is limited to the window."""
+    return self.sliding or (self.window is not None,) * self.depth
 
   @property
   def head_name(self) -> str:
@@ -198,14 +202,10 @@ class DecoderConfig:
       value = getattr(self, name)
       if value is not None and not value > 0:
         raise ValueError(f"{name} must be above 0, got {value}; leave it out for none")
-    if len(self.sliding) != self.depth or (any(self.sliding) and self.window is None):
+    if len(self.slides) != self.depth or any(self.slides) != (self.window is not None):
       raise ValueError(
-        f"sliding says for each of {self.depth} layers whether it is limited to the window {self.window}; got"
-        f" {self.sliding}"
-      )
-    if self.window is not None and not any(self.sliding):
-      raise ValueError(
-        f"window={self.window}, and no layer is limited to it; say by sliding which are, or leave it out"
+        f"sliding says for each of {self.depth} layers whether it is limited to the window, {self.window}; got"
+        f" {self.sliding}; leave out both for no windows, or sliding alone if all layers have one"
       )
     if self.attention == "cudnn" and self.attention_soft_cap is not None:
       raise ValueError('attention="cudnn" has no attention_soft_cap; leave attention out')

@@ -66,6 +66,7 @@ def read_config(entries: Entries) -> DecoderConfig:
     ValueError: for a family or an entry that the decoder does not know.
   """
   name = entries.get("model_type")
+  _refuse_unknown(entries)
   if name == "gemma3":  # with images; the language model in it is described apart
     entries, name = {**entries.get("text_config", {}), "model_type": "gemma3_text"}, "gemma3_text"
   if name not in FAMILIES:
@@ -159,6 +160,7 @@ def _comparable(config: DecoderConfig) -> dict[str, PyTree]:
   """What two configs of the same model have in common, whatever is left to a default."""
   fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   fields["query_scale"] = config.query_scale or config.head_width**-0.5
+  fields["sliding"] = config.slides
   fields["local_rope"] = (config.local_rope or config.rope) if config.window else None
   return {name: value for name, value in fields.items() if name not in _SETTINGS}
 
@@ -230,7 +232,7 @@ def _windows(entries: Entries, otherwise: Callable[[int], bool]) -> dict[str, An
 
 
 def _kinds(config: DecoderConfig) -> list[str]:
-  return ["sliding_attention" if slides else "full_attention" for slides in config.sliding]
+  return ["sliding_attention" if slides else "full_attention" for slides in config.slides]
 
 
 def _read_llama(entries: Entries) -> dict[str, Any]:
@@ -248,7 +250,7 @@ def _read_qwen(entries: Entries) -> dict[str, Any]:
 
 
 def _write_qwen(config: DecoderConfig) -> dict[str, Any]:
-  first = (*config.sliding, True).index(True)  # what older versions go by
+  first = (*config.slides, True).index(True)  # what older versions go by
   windows = {"use_sliding_window": True, "sliding_window": config.window, "layer_types": _kinds(config)}
   return {"max_window_layers": first, **(windows if config.window else {"use_sliding_window": False})}
 

@@ -84,7 +84,7 @@ def test_a_token_sees_only_those_before_it(config):
 
 
 def test_a_window_ends():
-  config = dataclasses.replace(PLAIN, window=2, sliding=(True, True))
+  config = dataclasses.replace(PLAIN, window=2)  # of all layers
   hidden = run(config, {"tokens": TOKENS})["hidden"]
   changed = run(config, {"tokens": TOKENS.at[:, 0].add(1)})["hidden"]
   moved = np.abs(changed - hidden).max(-1) > 1e-6
@@ -111,6 +111,16 @@ def test_texts_of_one_row_do_not_see_each_other(config):
   padded = run(config, {"tokens": TOKENS, "segments": jnp.arange(7)[None] >= jnp.array([[2], [0]])})["hidden"]
   close(padded[:1, 2:], run(config, {"tokens": TOKENS[:1, 2:]})["hidden"])
   close(padded[1:], run(config, {"tokens": TOKENS})["hidden"][1:])
+
+
+def test_layers_are_rows_of_the_params():
+  """So a student may start from some of its teacher's, under a config that is its teacher's but for the depth."""
+  params = variables(PLAIN)
+  params = {**params, "layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}
+  student, _ = models.decoder(dataclasses.replace(PLAIN, depth=1)).apply(params, {}, {"tokens": TOKENS}, train=False)
+  first = run(PLAIN, {"tokens": TOKENS})["features"]["layer1"]
+  mean_square = np.square(first).mean(-1, keepdims=True)
+  close(student["hidden"], first / np.sqrt(mean_square + 1e-6) * params["norm"]["scale"])
 
 
 def test_only_the_distance_of_positions_counts():
@@ -180,9 +190,9 @@ def test_frequencies():
     ({"activation": "relu"}, r"activation must be one of \('silu', 'gelu', 'gelu_tanh'\), got 'relu'"),
     ({"logit_soft_cap": 0.0}, "logit_soft_cap must be above 0, got 0.0; leave it out for none"),
     ({"attention_soft_cap": -1.0}, "attention_soft_cap must be above 0"),
-    ({"window": 3}, "window=3, and no layer is limited to it"),
-    ({"window": 3, "sliding": (True,)}, r"each of 2 layers.*window 3; got \(True,\)"),
-    ({"sliding": (True, False)}, "window None"),
+    ({"window": 3, "sliding": (False, False)}, r"limited to the window, 3; got \(False, False\)"),
+    ({"window": 3, "sliding": (True,)}, r"each of 2 layers.*window, 3; got \(True,\)"),
+    ({"sliding": (True, False)}, "window, None"),
     ({"remat": True}, "remat must be one of"),
     ({"attention": "cudnn", "attention_soft_cap": 5.0}, "no attention_soft_cap"),
   ],
