@@ -18,6 +18,7 @@ from kdflax.objectives import Metrics, Term, at, evaluate
 from kdflax.training import checks
 from kdflax.training.forward import init_models, run_fixed, run_trained, start_context
 from kdflax.training.mesh import replicated
+from kdflax.training.metrics import added_up
 from kdflax.training.passes import Passes, Rows, pass_in_parts, pass_whole, split_batch
 from kdflax.training.sharding import Layout, laid_out, pin_batch, pin_gradient, pin_state
 from kdflax.training.state import Average, Penalty, TrainState
@@ -365,6 +366,6 @@ def make_train_step(
     if steps_per_call == 1:
       return step(state, data, *frozen)
     state, metrics = jax.lax.scan(lambda s, _: step(s, data, *frozen), state, length=steps_per_call)
-    return state, jax.tree.map(lambda x: x.sum(0), metrics)
+    return state, added_up(metrics)
 
   return jax.jit(call, donate_argnums=0, out_shardings=None if mesh is None else replicated(mesh))

@@ -230,6 +230,12 @@ def accumulate(running: Running, new: Sums) -> Running:
   return Running(*parts)
 
 
+def added_up(steps: Sums) -> Sums:
+  """The sum over the leading axis, of steps, rounded once: one dispatch counts what as many calls would count."""
+  start = start_running(jax.tree.map(lambda leaf: leaf[0], steps))
+  return jax.lax.scan(lambda running, new: (accumulate(running, new), None), start, steps)[0].high
+
+
 def _add_to_pair(high: jax.Array, low: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`high + low + new` in two parts, the low one what rounding took from the high one. Knuth's TwoSum, renormalised."""
   rough = high + new

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.test_util import check_grads
+from jax.test_util import check_jvp, check_vjp
 
 from kdflax import losses
 from tests.losses import (
@@ -80,14 +80,19 @@ def assert_close(got, expected, dtype):
 
 
 @functools.cache
-def _compiled(label):
+def _loss(label):
+  """The loss of a case, traced once for all programs that stand on it; hyper-parameters are traced."""
   case = next(case for case in CASES if str(case) == label)
+  return jax.jit(lambda arrays, hyper, where: case.loss(*arrays, **hyper, **case.static, where=where))
 
+
+@functools.cache
+def _compiled(label):
   def run(arrays, hyper, where):
     floats = {i: a for i, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.floating)}
 
     def total(floats):
-      values = case.loss(*(floats.get(i, a) for i, a in enumerate(arrays)), **hyper, **case.static, where=where)
+      values = _loss(label)([floats.get(i, a) for i, a in enumerate(arrays)], hyper, where)
       return jnp.sum(values * jnp.cos(jnp.arange(values.size, dtype=values.dtype)).reshape(values.shape)), values
 
     (_, values), gradients = jax.value_and_grad(total, has_aux=True)(floats)
@@ -132,19 +137,30 @@ def test_defaults_are_those_of_the_reference(case):
 
 @each_case
 def test_derivatives_match_finite_differences(case):
+  """Forward, reverse, and forward over reverse where there are second derivatives: one program for all of them."""
   with jax.enable_x64(True):
     arrays = cast(inputs_of(case), "float64")
-    floats = [a for a in arrays if a.dtype != jnp.int32]
+    inputs = tuple(a for a in arrays if a.dtype != jnp.int32)
 
     @jax.jit
-    def loss(*floats):
-      it = iter(floats)
-      return case.loss(*(a if a.dtype == jnp.int32 else next(it) for a in arrays), **case.hyper, **case.static)
+    def derivatives(inputs, tangents, cotangent):
+      def loss(*floats):
+        it = iter(floats)
+        return _loss(str(case))([a if a.dtype == jnp.int32 else next(it) for a in arrays], dict(case.hyper), where)
 
-    check_grads(loss, floats, order=1, modes=["fwd", "rev"], rtol=1e-5)
+      pull = lambda *floats: jax.vjp(loss, *floats)[1](cotangent)
+      forward = jax.jvp(loss, inputs, tangents)
+      return forward, jax.jvp(pull, inputs, tangents) if case.hessian else (pull(*inputs), None)
+
+    where = np.ones(BATCH, bool)
+    still, ones = tuple(jnp.zeros_like(a) for a in inputs), jnp.ones(BATCH)
+    value = lambda *inputs: derivatives(inputs, still, ones)[0][0]
+    pull = lambda inputs, cotangent: derivatives(inputs, still, cotangent)[1][0]
+    check_jvp(value, lambda inputs, tangents: derivatives(inputs, tangents, ones)[0], inputs, rtol=1e-5)
+    check_vjp(value, lambda *inputs: (value(*inputs), functools.partial(pull, inputs)), inputs, rtol=1e-5)
     if case.hessian:
-      gradient = jax.jit(jax.grad(lambda *floats: jnp.sum(loss(*floats) ** 2)))
-      check_grads(gradient, floats, order=1, modes=["fwd"], rtol=1e-4)
+      along = lambda inputs, tangents: derivatives(inputs, tangents, ones)[1]
+      check_jvp(lambda *inputs: pull(inputs, ones), along, inputs, rtol=1e-4)
 
 
 @each_case
@@ -326,9 +342,10 @@ def test_a_masked_example_may_have_any_hyper_parameter(case):
     assert np.isfinite(slope).all() and slope[1] == 0
 
 
-@pytest.mark.parametrize("way", ["jit", "shard_map", "shard_map, gradient inside", "pmap"])
-@for_each([case for case in CASES if case.compares])
-def test_eight_devices_equal_one(case, way):
+@functools.cache
+def _on_devices(label, pmapped):
+  """{way: (mean, its gradient)} of one device and of eight."""
+  case = next(case for case in CASES if str(case) == label)
   batch = 16
   arrays = cast(inputs_of(case, batch), "float32")
   where = (np.arange(batch) % 5 != 0) & (np.arange(batch) // 2 != 3)  # devices have two examples, one, or none
@@ -338,27 +355,39 @@ def test_eight_devices_equal_one(case, way):
     values = case.loss(first * scale, *rest, **case.hyper, **case.static, where=where, axis_name=axis_name)
     return losses.masked_mean(values, where, axis_name)
 
-  one = jax.jit(jax.value_and_grad(mean))(scale, where, *arrays)
-  axes = ("host", "chip")  # the batch may be spread over several axes of a mesh
-  mesh = jax.make_mesh((2, 4), axes, axis_types=(AxisType.Auto,) * 2)
-  local = functools.partial(mean, axis_name=axes)
-  if way == "jit":
-    spread = jax.device_put((where, *arrays), NamedSharding(mesh, P(axes)))
-    value, gradient = jax.jit(jax.value_and_grad(mean))(scale, *spread)
-  elif way == "pmap":
+  if pmapped:
     local = functools.partial(mean, axis_name="data")
     step = lambda *inputs: jax.lax.pmean(jax.value_and_grad(local)(*inputs), "data")
     split = [a.reshape(8, 2, *a.shape[1:]) for a in (where, *arrays)]
-    value, gradient = (x[0] for x in jax.pmap(step, "data", in_axes=(None, *[0] * len(split)))(scale, *split))
-  else:
-    specs = (P(), *[P(axes)] * (1 + len(arrays)))
-    if way == "shard_map":
-      step = jax.value_and_grad(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))
-    else:
-      step = jax.shard_map(jax.value_and_grad(local), mesh=mesh, in_specs=specs, out_specs=(P(), P()))
-    value, gradient = jax.jit(step)(scale, where, *arrays)
-  assert_close(value, one[0], "float32")
-  assert_close(gradient, one[1], "float32")
+    return [x[0] for x in jax.pmap(step, "data", in_axes=(None, *[0] * len(split)))(scale, *split)]
+
+  axes = ("host", "chip")  # the batch may be spread over several axes of a mesh
+  mesh = jax.make_mesh((2, 4), axes, axis_types=(AxisType.Auto,) * 2)
+  local = jax.jit(functools.partial(mean, axis_name=axes))  # traced once for both uses of shard_map
+  whole = jax.jit(jax.value_and_grad(mean))
+  specs = (P(), *[P(axes)] * (1 + len(arrays)))
+
+  @jax.jit
+  def spread(*inputs):
+    return {
+      "jit": whole(*inputs),
+      "shard_map": jax.value_and_grad(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))(*inputs),
+      "shard_map, gradient inside": jax.shard_map(
+        jax.value_and_grad(local), mesh=mesh, in_specs=specs, out_specs=(P(), P())
+      )(*inputs),
+    }
+
+  one = whole(scale, where, *arrays)
+  return {"one": one} | spread(scale, *jax.device_put((where, *arrays), NamedSharding(mesh, P(axes))))
+
+
+@pytest.mark.parametrize("way", ["jit", "shard_map", "shard_map, gradient inside", "pmap"])
+@for_each([case for case in CASES if case.compares])
+def test_eight_devices_equal_one(case, way):
+  ways = _on_devices(str(case), False)
+  value, gradient = _on_devices(str(case), True) if way == "pmap" else ways[way]
+  assert_close(value, ways["one"][0], "float32")
+  assert_close(gradient, ways["one"][1], "float32")
 
 
 @each_case

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from jax.scipy.stats import norm
 
-from kdflax import losses
+from kdflax import losses as eager
+from tests.compiled import Compiled
 from tests.losses import family_features
 from tests.losses.case import in_float32_and_float64
+
+losses = Compiled(eager)  # the formulas; what they refuse is tried on the functions themselves
 
 
 def maps(*shape, seed=0):
@@ -86,7 +89,7 @@ def test_nst_holds_nothing_larger_than_its_inputs_or_a_gram_matrix(shape):
 def test_nst_keeps_its_digits_where_student_and_teacher_are_close(channels):
   student = np.asarray(maps(2, 6, 6, channels))
   teacher = student + np.float32(1e-3) * np.asarray(maps(2, 6, 6, channels, seed=1))
-  gradient = jax.value_and_grad(lambda s, t: losses.nst(s, t).sum())
+  gradient = jax.jit(jax.value_and_grad(lambda s, t: losses.nst(s, t).sum()))
   got, exact = in_float32_and_float64(gradient, student, teacher)
   for x, y in zip(got, exact, strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * np.abs(y).max())
@@ -172,6 +175,7 @@ def test_class_attention_of_linear_heads_ends_in_the_logits():
   np.testing.assert_allclose(got, losses.hint(student.mean((1, 2)) @ head, teacher.mean((1, 2)) @ head), rtol=1e-4)
 
 
+@jax.jit
 def kdsvd_gradient(student):
   return jax.grad(lambda s: on_layers(losses.kdsvd)(s, TEACHER).sum())(student)
 
@@ -201,24 +205,24 @@ def test_kdsvd_rotates_equal_singular_values_as_one():
 @pytest.mark.parametrize(
   "message, call",
   [
-    (r"shape.*connector.*student \(2, 3\).*teacher \(2, 4\)", lambda: losses.hint(maps(2, 3), maps(2, 4))),
-    (r"\[batch, \.\.\., width\]", lambda: losses.cosine(maps(2), maps(2))),
-    (r"maps \[batch, \.\.\., channels\]", lambda: losses.nst(maps(2, 3), maps(2, 3))),
-    (r"input_power.*1\.5", lambda: losses.factor_transfer(STUDENT, TEACHER, input_power=1.5)),
-    (r"output_power.*0\.5", lambda: losses.factor_transfer(STUDENT, TEACHER, output_power=0.5)),
-    (r"size must be a positive int.*got 0", lambda: losses.class_attention_transfer(STUDENT, TEACHER, size=0)),
-    (r"size.*got \(2, 2\)", lambda: losses.class_attention_transfer(STUDENT, TEACHER, size=(2, 2))),
-    (r"normalize.*got 1", lambda: losses.class_attention_transfer(STUDENT, TEACHER, normalize=1)),
-    (r"levels must be positive.*got None", lambda: losses.hierarchical_context(STUDENT, TEACHER, levels=None)),
-    (r"empty in student.*\(2, 0, 3, 5\)", lambda: losses.nst(STUDENT[:, :0], TEACHER)),
-    (r"classes.*\(4,\).*\(5,\)", lambda: losses.class_attention_transfer(STUDENT[..., :4], TEACHER)),
-    (r"variance.*\(2, 4, 3, 5\).*\(4,\)", lambda: losses.vid(STUDENT, TEACHER, variance=jnp.ones(4))),
-    (r"margin.*\(2, 4, 3, 5\).*\(3,\)", lambda: losses.ofd(STUDENT, TEACHER, margin=-jnp.ones(3))),
-    (r"bn_scale.*bn_bias.*\(3,\).*\(2,\)", lambda: losses.ofd_margin(jnp.ones(3), jnp.ones(2))),
-    (r"channels.*\(4,\).*\(5,\)", lambda: losses.inter_channel_correlation(STUDENT[..., :4], TEACHER)),
-    (r"student_last.*teacher_last.*\(4,\).*\(5,\)", lambda: losses.fsp(STUDENT, STUDENT[..., :4], TEACHER, TEACHER)),
-    (r"k must be an int from 1 to 5.*got 6", lambda: losses.kdsvd(STUDENT, STUDENT, TEACHER, TEACHER, k=6)),
-    (r"where must be a bool array .*\(2,\); got a list", lambda: losses.hint(STUDENT, STUDENT, where=[True, False])),
+    (r"shape.*connector.*student \(2, 3\).*teacher \(2, 4\)", lambda: eager.hint(maps(2, 3), maps(2, 4))),
+    (r"\[batch, \.\.\., width\]", lambda: eager.cosine(maps(2), maps(2))),
+    (r"maps \[batch, \.\.\., channels\]", lambda: eager.nst(maps(2, 3), maps(2, 3))),
+    (r"input_power.*1\.5", lambda: eager.factor_transfer(STUDENT, TEACHER, input_power=1.5)),
+    (r"output_power.*0\.5", lambda: eager.factor_transfer(STUDENT, TEACHER, output_power=0.5)),
+    (r"size must be a positive int.*got 0", lambda: eager.class_attention_transfer(STUDENT, TEACHER, size=0)),
+    (r"size.*got \(2, 2\)", lambda: eager.class_attention_transfer(STUDENT, TEACHER, size=(2, 2))),
+    (r"normalize.*got 1", lambda: eager.class_attention_transfer(STUDENT, TEACHER, normalize=1)),
+    (r"levels must be positive.*got None", lambda: eager.hierarchical_context(STUDENT, TEACHER, levels=None)),
+    (r"empty in student.*\(2, 0, 3, 5\)", lambda: eager.nst(STUDENT[:, :0], TEACHER)),
+    (r"classes.*\(4,\).*\(5,\)", lambda: eager.class_attention_transfer(STUDENT[..., :4], TEACHER)),
+    (r"variance.*\(2, 4, 3, 5\).*\(4,\)", lambda: eager.vid(STUDENT, TEACHER, variance=jnp.ones(4))),
+    (r"margin.*\(2, 4, 3, 5\).*\(3,\)", lambda: eager.ofd(STUDENT, TEACHER, margin=-jnp.ones(3))),
+    (r"bn_scale.*bn_bias.*\(3,\).*\(2,\)", lambda: eager.ofd_margin(jnp.ones(3), jnp.ones(2))),
+    (r"channels.*\(4,\).*\(5,\)", lambda: eager.inter_channel_correlation(STUDENT[..., :4], TEACHER)),
+    (r"student_last.*teacher_last.*\(4,\).*\(5,\)", lambda: eager.fsp(STUDENT, STUDENT[..., :4], TEACHER, TEACHER)),
+    (r"k must be an int from 1 to 5.*got 6", lambda: eager.kdsvd(STUDENT, STUDENT, TEACHER, TEACHER, k=6)),
+    (r"where must be a bool array .*\(2,\); got a list", lambda: eager.hint(STUDENT, STUDENT, where=[True, False])),
   ],
 )
 def test_mistakes_are_named(message, call):

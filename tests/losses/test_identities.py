@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kdflax import losses
+from kdflax import losses as eager
+from tests.compiled import Compiled, compiled
 from tests.losses import family_contrastive, family_relations
 from tests.losses.case import in_float32_and_float64
 from tests.losses.family_divergences import forward_kl, jensen_shannon, reverse_kl
 from tests.losses.family_logits import softmax
+
+losses = Compiled(eager)  # the formulas; what they refuse is tried on the functions themselves
 
 RELATIONS = (
   losses.similarity_preserving,
@@ -100,7 +103,7 @@ def test_pkt_keeps_its_digits_where_rows_are_opposed(spread):
   """Two classes that a student has collapsed lie opposite each other, where 1 + cos is a small difference."""
   side = np.where(np.arange(12) % 2, 1, -1)[:, None] * features(seed=3, batch=1)[0]
   student, teacher = (side + spread * features(seed=1, batch=12)).astype(np.float32)
-  gradient = jax.value_and_grad(lambda s, t: losses.pkt(s, t).sum())
+  gradient = jax.jit(jax.value_and_grad(lambda s, t: losses.pkt(s, t).sum()))
   got, exact = in_float32_and_float64(gradient, student, teacher)
   for x, y in zip(got, exact, strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=2e-4 * np.abs(y).max())
@@ -250,13 +253,13 @@ def test_jensen_shannon_is_symmetric_at_one_half():
 @pytest.mark.parametrize("number", [float, np.float32, np.array, jnp.asarray])
 def test_jensen_shannon_at_its_ends_is_a_divergence_in_one_direction(number):
   student, teacher = features().astype(np.float32)
-  for beta, end in ((0.0, losses.forward_kl), (1.0, losses.reverse_kl)):
-    np.testing.assert_array_equal(losses.jensen_shannon(student, teacher, beta=number(beta)), end(student, teacher))
+  for beta, end in ((0.0, eager.forward_kl), (1.0, eager.reverse_kl)):
+    np.testing.assert_array_equal(eager.jensen_shannon(student, teacher, beta=number(beta)), end(student, teacher))
 
 
 def test_jensen_shannon_refuses_a_beta_outside_the_unit_interval():
   with pytest.raises(ValueError, match=r"beta.*0 and 1.*1\.5"):
-    losses.jensen_shannon(*features(), beta=1.5)
+    eager.jensen_shannon(*features(), beta=1.5)
 
 
 @float64
@@ -307,7 +310,7 @@ def test_decoupled_loss_of_two_classes_has_no_second_part():
   np.testing.assert_array_equal(values, 0)
 
 
-@by_name("loss", (losses.dkd, losses.nkd))
+@by_name("loss", (eager.dkd, eager.nkd))
 def test_labels_are_checked(loss):
   student, teacher = features()
   with pytest.raises(ValueError, match=r"labels must be integers.*float32"):
@@ -346,7 +349,7 @@ def test_standardized_losses_ignore_a_scale(loss):
   """Logit standardisation works with every loss of two logits."""
   student, teacher = features()
   scale = np.linspace(0.5, 2, 6)[:, None]
-  wrapped = losses.standardized(loss)
+  wrapped = compiled(eager.standardized(loss))
   np.testing.assert_allclose(wrapped(student * scale + 3, teacher), wrapped(student, teacher), rtol=1e-5, atol=1e-9)
 
 
@@ -391,10 +394,10 @@ def test_dist_does_not_depend_on_how_unlikely_a_class_is(lower):
 def test_settings_that_make_no_sense_are_named():
   x = jnp.ones((3, 2))
   with pytest.raises(ValueError, match=r"chunk must be a positive int; got 2\.0"):
-    losses.rkd_angle(x, x, chunk=2.0)
+    eager.rkd_angle(x, x, chunk=2.0)
   with pytest.raises(ValueError, match=r"array beta must be inside \(0, 1\); 0 and 1 are forward_kl and reverse_kl"):
-    losses.jensen_shannon(x, x, beta=np.array([0.0, 0.5, 1.0]))
+    eager.jensen_shannon(x, x, beta=np.array([0.0, 0.5, 1.0]))
   with pytest.raises(ValueError, match="epsilon must be a single number; got shape"):
-    losses.pkt(x, x, epsilon=jnp.ones(3))
+    eager.pkt(x, x, epsilon=jnp.ones(3))
   with pytest.raises(ValueError, match="temperature must be a number or an array; got None"):
-    losses.kl_soft_targets(x, x, temperature=None)
+    eager.kl_soft_targets(x, x, temperature=None)

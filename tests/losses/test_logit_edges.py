@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdflax import losses
+from kdflax import losses as eager
+from tests.compiled import Compiled
+
+losses = Compiled(eager)  # the formulas; what they refuse is tried on the functions themselves
 
 STUDENT = np.array([[1, 0, -200, 0.5]], np.float32)  # in float32 its third class has underflown
 TEACHER = np.array([[0.5, 1, -np.inf, 0.2]], np.float32)
@@ -70,7 +73,7 @@ def test_one_class_is_refused(loss):
     loss(STUDENT[:, :1], TEACHER[:, :1])
 
 
-@pytest.mark.parametrize("loss", [losses.kl_soft_targets, losses.skew_kl, losses.dist, losses.info_nce])
+@pytest.mark.parametrize("loss", [eager.kl_soft_targets, eager.skew_kl, eager.dist, eager.info_nce])
 def test_a_temperature_known_to_be_wrong_is_refused(loss):
   for wrong in (0, -4, np.nan, np.float32(0), np.array([-1.0])):
     with pytest.raises(ValueError, match=r"temperature must be above 0; got"):
@@ -79,7 +82,7 @@ def test_a_temperature_known_to_be_wrong_is_refused(loss):
       jax.jit(lambda s, wrong=wrong: loss(s, s, temperature=wrong))(STUDENT)
 
 
-@pytest.mark.parametrize("loss", [losses.skew_kl, losses.reverse_skew_kl])
+@pytest.mark.parametrize("loss", [eager.skew_kl, eager.reverse_skew_kl])
 def test_a_share_known_to_be_wrong_is_refused(loss):
   for wrong in (-0.1, 1, np.nan, np.array([1.5])):
     with pytest.raises(ValueError, match=r"alpha must be at least 0 and below 1; got"):
@@ -89,6 +92,6 @@ def test_a_share_known_to_be_wrong_is_refused(loss):
 def test_a_masked_example_may_have_a_wrong_temperature():
   logits = np.repeat(STUDENT, 2, axis=0)
   options = {"temperature": np.array([-1.0, 2.0]), "where": np.array([False, True])}
-  np.testing.assert_array_equal(losses.kl_soft_targets(logits, logits, **options), 0)
+  np.testing.assert_array_equal(eager.kl_soft_targets(logits, logits, **options), 0)
   with pytest.raises(ValueError, match="temperature"):
-    losses.kl_soft_targets(logits, logits, temperature=np.array([-1.0, 2.0]))
+    eager.kl_soft_targets(logits, logits, temperature=np.array([-1.0, 2.0]))

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdflax import losses
+from kdflax import losses as eager
+from tests.compiled import Compiled
 from tests.losses.family_logits import log_softmax
+
+losses = Compiled(eager)  # the formulas; what they refuse is tried on the functions themselves
 
 TOP_K = (losses.top_k_kl, losses.top_k_reverse_kl, losses.top_k_jensen_shannon)
 WHOLE = (losses.forward_kl, losses.reverse_kl, losses.jensen_shannon)
@@ -41,7 +44,7 @@ def test_entries_of_minus_infinity_take_no_part(top_k, tail):
   def total(student, log_p, indices):
     return top_k(student, log_p, indices, tail=tail).sum()
 
-  run = jax.value_and_grad(total, argnums=(0, 1))
+  run = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
   (value, slopes), (padded_value, padded) = run(student, log_p, indices), run(student, filled, at)
   np.testing.assert_allclose(padded_value, value, rtol=1e-6)
   np.testing.assert_allclose(padded[0], slopes[0], rtol=1e-5, atol=1e-7)
@@ -103,12 +106,12 @@ def test_sorted_probabilities_see_no_names():
 def test_indices_that_do_not_fit_are_named():
   student, (log_p, indices) = logits_of(0), known(logits_of(1), 3)
   with pytest.raises(ValueError, match=r"teacher_indices of shape \(4, 3\) must be in 0 .. 6; got 9"):
-    losses.top_k_kl(student, log_p, np.full_like(indices, 9))
+    eager.top_k_kl(student, log_p, np.full_like(indices, 9))
   with pytest.raises(ValueError, match="teacher_indices must be integers; got float32"):
-    losses.sampled_kl(student, log_p, log_p)
+    eager.sampled_kl(student, log_p, log_p)
   with pytest.raises(ValueError, match=r"same shape; got teacher_log_probs \(4, 3\), teacher_indices \(4, 2\)"):
-    losses.top_k_kl(student, log_p, indices[:, :2])
+    eager.top_k_kl(student, log_p, indices[:, :2])
   with pytest.raises(ValueError, match="temperature must be above 0; got 0"):
-    losses.top_k_kl(student, log_p, indices, temperature=0)
-  unseen = jax.jit(losses.top_k_kl)(student, log_p, np.where(indices == indices.max(), -1, indices))
+    eager.top_k_kl(student, log_p, indices, temperature=0)
+  unseen = jax.jit(eager.top_k_kl)(student, log_p, np.where(indices == indices.max(), -1, indices))
   assert np.isnan(unseen).any()

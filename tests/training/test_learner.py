@@ -488,6 +488,14 @@ def test_steps_in_one_call_are_those_steps(stochastic, frozen):
   assert scanned.step == 3
 
 
+def test_metrics_of_many_steps_in_one_call_are_not_rounded_at_each_step():
+  """Beside 2^24 a float32 has no room for a 1, but for the hundred of them that the other steps bring."""
+  step = lambda state, data: (state + 1, {"seen": (jnp.where(state == 0, 2.0**24, 1.0), jnp.ones(()))})
+  counting = training.Learner(init=None, step=step)
+  _, metrics = training.make_train_step(counting, steps_per_call=101)(jnp.zeros((), int), None)
+  np.testing.assert_array_equal(metrics["seen"], (2**24 + 100, 101))
+
+
 @pytest.mark.parametrize("how", ["mesh", "shard_map"])
 def test_eight_devices_are_one_device(frozen, how):
   """With relations across the batch, masks that leave devices unequal counts, and gradients combined by rows."""
