@@ -26,7 +26,7 @@ class Compiled:
 
 
 def compiled(function: Callable) -> Callable:
-  """Traces arrays and containers of arrays; all else is fixed, so numbers are seen as they would be without `jax.jit`."""
+  """Traces arrays and containers of arrays; all else is fixed, so that numbers are known as they are without `jit`."""
 
   @functools.cache
   def program(positional, keywords):

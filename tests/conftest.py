@@ -3,6 +3,7 @@
 To be said before jax is imported, and before it starts its backend.
 """
 
+import gc
 import os
 import pathlib
 
@@ -17,3 +18,16 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 from experiments.quick import compile_quickly  # noqa: E402
 
 compile_quickly()  # most of the time of these tests is compilation: each program runs once, on a handful of numbers
+
+
+def pytest_runtest_setup():
+  """What a full collection of garbage has left, which is jax's caches of programs, is looked at by no later one.
+
+  They grow to millions of objects, through which each collection went for seconds.
+  """
+  global _collections
+  if _collections != (_collections := gc.get_stats()[2]["collections"]):
+    gc.freeze()
+
+
+_collections = 0
