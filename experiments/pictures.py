@@ -17,21 +17,28 @@ from experiments.common import interval, save_figure
 _NAMED = 5  # curves or methods that a picture names; more colours than that cannot be told apart
 
 
-def learning_curves(directory: pathlib.Path, metric: str, baseline: str) -> None:
+def learning_curves(directory: pathlib.Path, metric: str, baseline: str, *, is_share: bool = True) -> None:
   """Draws a metric of `metrics.jsonl` against the step, a panel for each group of phases (`group, method`).
 
   The best few methods and the baseline are named where their curves end, the others are grey.
+
+  Args:
+    directory: of the log and of the picture, `learning_curves.png`.
+    metric: its name in the log.
+    baseline: the method to compare with.
+    is_share: whether it is a share that is drawn in percent, of which more is better; else less is.
   """
+  scale, better = (100, -1) if is_share else (1, 1)
   groups: dict[str, dict[str, list[tuple[int, float]]]] = {}
   for line in (directory / "metrics.jsonl").read_text().splitlines():
     row = json.loads(line)
     if metric in row:
       group, _, method = row["phase"].rpartition(", ")
-      groups.setdefault(group, {}).setdefault(method, []).append((row["step"], 100 * np.mean(row[metric])))
+      groups.setdefault(group, {}).setdefault(method, []).append((row["step"], scale * np.mean(row[metric])))
   groups.pop("", None)  # the teacher's own phase
   figure, panels = plt.subplots(1, len(groups), figsize=(6.5 * len(groups), 4), squeeze=False)
   for panel, (group, methods) in zip(panels[0], groups.items(), strict=True):
-    best_first = sorted(methods, key=lambda method: -methods[method][-1][1])
+    best_first = sorted(methods, key=lambda method: better * methods[method][-1][1])
     named = [method for method in best_first if method != baseline][:_NAMED]
     for method in methods.keys() - {*named, baseline}:
       panel.plot(*zip(*methods[method], strict=True), color="lightgray", linewidth=0.8, zorder=1)
@@ -41,7 +48,9 @@ def learning_curves(directory: pathlib.Path, metric: str, baseline: str) -> None
     if baseline in methods:
       panel.plot(*zip(*methods[baseline], strict=True), color="black", linestyle="--", zorder=3)
       ends[baseline] = (*methods[baseline][-1], "black")
-    panel.set(title=group, xlabel="training step", ylabel=f"{metric.replace('/', ' ')} (%), mean of seeds")
+    panel.set(
+      title=group, xlabel="training step", ylabel=f"{metric.replace('/', ' ')}{' (%)' * is_share}, mean of seeds"
+    )
     label_beside(panel, ends)
   figure.tight_layout()
   save_figure(figure, directory / "learning_curves.png")
@@ -327,4 +336,36 @@ def by_task(
   panels[0][0].invert_yaxis()
   figure.tight_layout()
   save_figure(figure, directory / "accuracy.png")
+  plt.close(figure)
+
+
+def by_metric(
+  path: pathlib.Path,
+  results: Mapping[str, Mapping[str, Any]],
+  metrics: Sequence[str],
+  teacher: Mapping[str, float],
+) -> None:
+  """Draws every metric by method with 95% intervals, a panel for each, the first method as a line.
+
+  Args:
+    path: of the picture.
+    results: by method and metric, one number for each seed.
+    metrics: to draw.
+    teacher: the teacher's own, where it has one.
+  """
+  figure, panels = plt.subplots(
+    1, len(metrics), figsize=(4 * len(metrics), 0.4 * len(results) + 1.2), sharey=True, squeeze=False
+  )
+  for panel, metric in zip(panels[0], metrics, strict=True):
+    means, widths = zip(*(interval(found[metric]) for found in results.values()), strict=True)
+    panel.errorbar(means, range(len(results)), xerr=np.nan_to_num(widths), fmt="o", capsize=4)
+    panel.axvline(means[0], color="black", linestyle="--", label=next(iter(results)))
+    if metric in teacher:
+      panel.axvline(teacher[metric], color="gray", linestyle=":", label="teacher")
+    panel.set(xlabel=metric)
+    panel.set_yticks(range(len(results)), list(results))
+  panels[0][0].invert_yaxis()
+  panels[0][0].legend(fontsize=8)
+  figure.tight_layout()
+  save_figure(figure, path)
   plt.close(figure)
