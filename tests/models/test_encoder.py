@@ -93,11 +93,11 @@ def test_dropout_needs_a_key_and_changes_the_states():
     models.bag_of_tokens(9, width=4, hidden=(4,), dropout=0.5),
   ):
     batch = {"token_ids": jnp.ones((2, 3), jnp.int32), "mask": jnp.ones((2, 3), bool)}
-    variables: Any = jax.jit(model.init)(KEY, batch)
+    params, state = jax.jit(model.init)(KEY, batch)
     with pytest.raises(ValueError, match=r"apply\(train=True\) needs a key"):
-      model.apply(*variables, batch, train=True)
+      model.apply(params, state, batch, train=True)
     run: Any = jax.jit(functools.partial(model.apply, key=KEY), static_argnames="train")
-    trained, evaluated = (run(*variables, batch, train=train)[0]["pooled"] for train in (True, False))
+    trained, evaluated = (run(params, state, batch, train=train)[0]["pooled"] for train in (True, False))
     assert not np.allclose(trained, evaluated)
 
 
