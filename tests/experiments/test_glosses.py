@@ -54,27 +54,33 @@ def test_the_stored_slice_is_of_the_pinned_teacher_and_fits_the_glosses(splits):
   assert abs(depth.mean()) < 1e-5 and abs(depth.std() - 1) < 1e-5
 
 
-def test_heads_find_what_the_embedding_says(splits):
-  heads = glosses.fit_heads(TINY, splits["train"], 200)
+RIDGE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def fitted(splits):
+  """What 200 labels of each of two seeds hold, and the heads on them."""
+  few = jax.tree.map(lambda x: x[glosses.labelled_rows(TINY, 300, 200)], splits["train"])
+  return few, glosses_teacher.fit_heads(few, dict.fromkeys(glosses.TASKS, RIDGE))
+
+
+def test_heads_find_what_the_embedding_says(splits, fitted):
+  heads = fitted[1]
   assert heads["lexicographer"]["kernel"].shape == (2, 384, 45) and heads["depth"]["bias"].shape == (2, 1)
   scores = glosses_teacher.scores_of(glosses_teacher.teacher_says(splits["test"], heads), splits["test"])
   assert np.mean(scores["lexicographer"]) > 0.3 and np.mean(scores["part_of_speech"]) > 0.7
 
 
-def test_a_head_is_where_the_gradient_vanishes(splits):
+def test_a_head_is_where_the_gradient_vanishes(fitted):
   """Of mean loss + ridge / 2 |kernel|^2, by its formula in float64."""
-  rows = glosses.labelled_rows(TINY, 300, 100)[0]
-  few = jax.tree.map(lambda x: x[rows][None], splits["train"])
-  heads = jax.tree.map(
-    lambda x: np.asarray(x[0], np.float64), glosses_teacher.fit_heads(few, dict.fromkeys(glosses_teacher.TASKS, 0.01))
-  )
-  x, present = few["embedding"][0].astype(np.float64), few["has_depth"][0]
+  few, heads = jax.tree.map(lambda x: np.asarray(x[0], np.float64), fitted)
+  x = few["embedding"]
   logits = x @ heads["part_of_speech"]["kernel"] + heads["part_of_speech"]["bias"]
   p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-  slope = p - np.eye(4)[few["label"]["part_of_speech"][0]]
-  error = (x @ heads["depth"]["kernel"] + heads["depth"]["bias"])[:, 0] - few["label"]["depth"][0]
-  for task, outer in (("part_of_speech", slope), ("depth", 2 * (error * present)[:, None])):
-    gradient = x.T @ outer / len(x) + 0.01 * heads[task]["kernel"]
+  slope = p - np.eye(4)[few["label"]["part_of_speech"].astype(int)]
+  error = (x @ heads["depth"]["kernel"] + heads["depth"]["bias"])[:, 0] - few["label"]["depth"]
+  for task, outer in (("part_of_speech", slope), ("depth", 2 * (error * few["has_depth"])[:, None])):
+    gradient = x.T @ outer / len(x) + RIDGE * heads[task]["kernel"]
     assert np.abs(gradient).max() < 1e-4 and np.abs(outer.mean(0)).max() < 1e-4
 
 

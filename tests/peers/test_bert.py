@@ -1,18 +1,16 @@
-"""The BERT encoder beside that of transformers, on configurations drawn at random, and on MiniLM where it is installed.
+"""The BERT encoder beside that of transformers, on configurations drawn at random and on MiniLM (make peers brings it).
 
 `python -m tests.peers.test_bert` writes tests/models/bert_fixture.safetensors anew, which the fast tests compare with.
 """
 
-import hashlib
 import json
 import pathlib
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import save
+from safetensors.numpy import load, load_file, save
 
 from experiments import glosses_teacher
 from kdflax import models
@@ -83,16 +81,20 @@ def test_it_is_that_of_transformers(tmp_path, seed):
   compare(model, variables, batch, said_by(peer, batch))
 
 
-@pytest.mark.skipif(not find_spec(glosses_teacher.PACKAGE), reason="the package of MiniLM is not installed")
 def test_minilm_is_that_of_transformers():
   folder = glosses_teacher.folder()
   model, variables = models.load_bert(folder, sha256=glosses_teacher.SHA256)
-  batch = texts(0, 30522, 24)
+  assert models.count_parameters(variables) == 22_713_216 - 384 * 385  # as published, without its pooler
+  batch = texts(0, glosses_teacher.VOCABULARY, 24)
   compare(model, variables, batch, said_by(transformers.BertModel.from_pretrained(folder).eval(), batch))
 
 
 def test_the_fixture_is_what_is_written_here():
-  assert hashlib.sha256(fixture()).hexdigest() == hashlib.sha256(FIXTURE.read_bytes()).hexdigest()
+  kept, now = load_file(FIXTURE), load(fixture())
+  assert kept.keys() == now.keys()
+  for name, array in now.items():
+    # Weights and texts are drawn; what is said of them may differ in the last digit on another processor.
+    np.testing.assert_allclose(kept[name], array, rtol=1e-6, atol=1e-6 if name.startswith("said.") else 0)
 
 
 def fixture() -> bytes:
