@@ -10,7 +10,7 @@ QUICK = tests/test_layering.py tests/test_style.py tests/test_packaging.py tests
   scales and not float64 and not bfloat16 and not hyper and not another_process"
 
 .DEFAULT_GOAL := help
-.PHONY: help distill test slow quick peers lint docs bench clean
+.PHONY: help distill test slow quick peers lint pages docs browse bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
@@ -44,8 +44,23 @@ lint: .venv/installed  ## formatting, lint, types, and that all that is public h
 	$(RUN) -m pyright --pythonpath $(RUN)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH=. $(RUN) -m pyright --verifytypes kdflax --ignoreexternal
 
-docs: .venv/installed  ## writes the generated pages, docs/methods.md and docs/balancing.md
+pages: .venv/installed  ## writes the generated pages, docs/methods.md and docs/balancing.md
 	@for page in docs/generate_*.py; do echo "== $$page" && $(RUN) -m docs.$$(basename $$page .py) || exit 1; done
+
+docs: pages .venv/docs/installed  ## the generated pages, and the documentation site in build/site, from what is here alone
+	@echo "== executing the notebooks that changed (a minute each), then building the site; a warning is an error"
+	.venv/docs/bin/python -m docs.run_notebooks
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/python -m mkdocs build --strict --quiet
+	@echo "== build/site is ready: $(RUN) -m http.server --directory build/site"
+
+browse: docs  ## opens every page of the site in Chromium (of the system, with chromedriver) and searches in it
+	.venv/docs/bin/python -m pytest -n 0 tests/site
+
+.venv/docs/installed: .venv/installed
+	@echo "== making .venv/docs (about a minute)"
+	$(RUN) -m venv .venv/docs
+	.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt --editable ".[docs]"
+	@touch $@
 
 bench: .venv/installed  ## speed and memory beside the peers that are installed: make bench BENCHMARKS="features step"
 	@for name in $(BENCHMARKS); do echo "== benchmarks.$$name" && $(RUN) -m benchmarks.$$name || exit 1; done
@@ -58,4 +73,4 @@ bench: .venv/installed  ## speed and memory beside the peers that are installed:
 	@touch $@
 
 clean:  ## removes what the commands made
-	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv runs build dist .pytest_cache .ruff_cache *.egg-info
