@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kdflax import models
-from kdflax.export import export_model, load_exported
+from kdflax.export import export_model, int8_weights, load_exported
 from kdflax.models import Model
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "export.md"
@@ -158,3 +158,47 @@ def test_weights_are_named_in_the_order_of_the_program(tmp_path):
 def test_a_connector_stays(tmp_path):
   with pytest.raises(ValueError, match=r"reads 'student.embedding'"):
     export_model(tmp_path, models.linear_connector("student.embedding", 3), ({}, {}), {"image": _images(2)})
+
+
+def test_a_program_of_one_batch_size_takes_that_alone(tmp_path):
+  model = models.mlp((4,), 3)
+  variables = model.init(jax.random.key(0), {"image": _images(2)})
+  export_model(tmp_path, model, variables, {"image": _images(5)}, batch_size=2, platforms=["cpu"])
+  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  assert manifest["arguments"]["batch"] == {"image": "float32[2,8,8,1]"}
+  expected, _ = model.apply(*variables, {"image": _images(2)}, train=False, key=None)
+  predict = load_exported(tmp_path)
+  np.testing.assert_allclose(predict({"image": _images(2)})["logits"], expected["logits"], rtol=1e-5, atol=1e-6)
+  with pytest.raises(ValueError, match="2"):
+    predict({"image": _images(3)})
+  with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+    export_model(tmp_path, model, variables, {"image": _images(5)}, batch_size=0)
+
+
+def test_eight_bits_lose_at_most_half_a_step_of_each_column(tmp_path):
+  """The file is a quarter as large, and says what the rounded model says."""
+  model = models.mlp((64, 64), 3)
+  variables = model.init(jax.random.key(0), {"image": _images(2)})
+  small, (params, state) = int8_weights(model, variables)
+  before, after = variables[0]["hidden"]["0"]["kernel"], params["hidden"]["0"]["kernel"]
+  assert after["int8"].dtype == np.int8 and set(params["head"]["bias"].shape) == {3}
+  step = np.abs(before).max(0) / 127
+  assert (np.abs(after["int8"] * after["scale"] - before) <= step * (0.5 + 1e-4)).all()
+  assert np.abs(after["int8"]).max(0).min() == 127  # each column uses its range
+  export_model(tmp_path / "large", model, variables, {"image": _images(2)}, platforms=["cpu"])
+  export_model(tmp_path / "small", small, (params, state), {"image": _images(2)}, platforms=["cpu"])
+  found = load_exported(tmp_path / "small")({"image": _images(4)})["logits"]
+  expected, _ = small.apply(params, state, {"image": _images(4)}, train=False, key=None)
+  exact, _ = model.apply(*variables, {"image": _images(4)}, train=False, key=None)
+  np.testing.assert_allclose(found, expected["logits"], rtol=1e-5, atol=1e-5)
+  assert 0 < np.abs(found - exact["logits"]).max() < 0.05 * np.abs(exact["logits"]).max()
+  sizes = [(tmp_path / name / "variables.safetensors").stat().st_size for name in ("large", "small")]
+  assert sizes[1] < 0.4 * sizes[0]
+
+
+def test_a_column_of_zeros_and_whole_numbers_stay():
+  model = Model(lambda key, example: ({}, {}), lambda p, s, batch, *, train, key=None: ({"w": p["w"]}, s))
+  tree = {"w": np.zeros((2, 3), np.float32), "table": np.arange(4).reshape(2, 2), "bias": np.ones(3, np.float32)}
+  small, (params, state) = int8_weights(model, (tree, {}))
+  np.testing.assert_array_equal(small.apply(params, state, {}, train=False)[0]["w"], tree["w"])
+  assert params["table"] is tree["table"] and params["bias"] is tree["bias"]

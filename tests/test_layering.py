@@ -34,7 +34,7 @@ MAY_IMPORT = {
   "methods": ("kdflax.methods", "kdflax.losses", "kdflax.models", "kdflax.objectives"),
   "training": ("kdflax.training", "kdflax.objectives", "kdflax.balancing"),
   "teachers": ("kdflax.teachers", "kdflax.objectives"),
-  "export": (),
+  "export": ("kdflax.export",),
   "command": (
     "kdflax.command",
     "kdflax.__version__",

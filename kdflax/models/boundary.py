@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdflax.model import Outputs, PyTree
 
@@ -133,17 +134,20 @@ def _at(tree: PyTree, path: tuple[Any, ...], shape: tuple[int, ...], name: str) 
       there = sorted(node) if isinstance(node, Mapping) else type(node).__name__
       raise ValueError(f"{name} has no {where!r}: looking for {part!r}, there is {there}. Was it made by this model?")
     node = node[part]
-  if jnp.shape(node) != shape:
+  if np.shape(node) != shape:
     raise ValueError(
-      f"{name} {where!r} has shape {jnp.shape(node)}, and this model with this input needs {shape}. Was it made by "
+      f"{name} {where!r} has shape {np.shape(node)}, and this model with this input needs {shape}. Was it made by "
       "this model, for inputs of this size?"
     )
   return node
 
 
 def shapes(x: PyTree) -> PyTree:
-  """Returns the shapes and dtypes of a tree of arrays."""
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), x)
+  """Returns the shapes and dtypes of a tree of arrays, for a batch of one: a module does not depend on its size.
+
+  So a model is built once for all of them, also where an export leaves the size open.
+  """
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *np.shape(leaf)[1:])[: np.ndim(leaf)], leaf.dtype), x)
 
 
 def typed(key: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from flax import nnx
 
 from kdflax.model import Model, Outputs
 from kdflax.models.adapters import from_nnx
-from kdflax.models.layers import Convolution, Dtype, check_dropout, check_rank, check_widths, classifier
+from kdflax.models.layers import Convolution, Dtype, check_dropout, check_rank, check_widths, classifier, dropped_out
 
 
 def convnet(
@@ -79,6 +79,6 @@ class _ConvNet(nnx.Module):
       features[f"stage{index}_pre"] = before = stage(x, train)
       features[f"stage{index}"] = x = jax.nn.relu(before)
     embedding = x.mean((1, 2)) if self.pool else x.reshape(x.shape[0], -1)
-    dropped = self.dropout(embedding, deterministic=not train, rngs=rngs)
+    dropped = dropped_out(self.dropout, embedding, train, rngs)
     logits = {} if self.head is None else {"logits": self.head(dropped)}
     return {**logits, "embedding": embedding, "features": features}

@@ -13,7 +13,7 @@ from flax import nnx
 from kdflax.model import Model, Outputs, PyTree
 from kdflax.models.adapters import from_nnx
 from kdflax.models.importing import Rule, import_variables
-from kdflax.models.layers import Dtype, check_dropout, check_widths, hidden_init
+from kdflax.models.layers import Dtype, check_dropout, check_widths, dropped_out, hidden_init
 from kdflax.numerics.safe import l2_normalize, safe_divide
 
 _INPUTS = ("token_ids", "mask")
@@ -226,7 +226,7 @@ class _Layer(nnx.Module):
     self.heads = heads
 
   def __call__(self, states: jax.Array, mask: jax.Array, train: bool, rngs: nnx.Rngs | None) -> jax.Array:
-    drop = lambda x: self.dropout(x, deterministic=not train, rngs=rngs)
+    drop = lambda x: dropped_out(self.dropout, x, train, rngs)
     by_head = lambda x: x.reshape(*x.shape[:2], self.heads, -1)
     query, key, value = (by_head(linear(states)) for linear in (self.query, self.key, self.value))
     attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
@@ -255,7 +255,7 @@ class _Bert(nnx.Module):
     token_ids, mask = (batch[name] for name in _INPUTS)
     places = self.positions(jnp.arange(token_ids.shape[1]))
     states = self.norm(self.tokens(token_ids) + places + self.segments(jnp.zeros(1, jnp.int32)))
-    states = self.dropout(states, deterministic=not train, rngs=rngs)
+    states = dropped_out(self.dropout, states, train, rngs)
     features = {"embeddings": states}
     for index, layer in enumerate(self.layers, start=1):
       features[f"layer{index}"] = states = layer(states, mask, train, rngs)
@@ -273,7 +273,7 @@ class _Bag(nnx.Module):
     token_ids, mask = (batch[name] for name in _INPUTS)
     pooled = _mean_of_tokens(self.tokens(token_ids), mask)["pooled"]
     for layer in self.hidden:
-      pooled = jax.nn.relu(layer(self.dropout(pooled, deterministic=not train, rngs=rngs)))
+      pooled = jax.nn.relu(layer(dropped_out(self.dropout, pooled, train, rngs)))
     return {"pooled": pooled, "embedding": l2_normalize(pooled)}
 
 

@@ -123,3 +123,8 @@ def check_rank(x: Any, rank: int, name: str, axes: str) -> None:
   """
   if len(x.shape) != rank:
     raise ValueError(f"{name} takes an input of shape {axes}, got {tuple(x.shape)}; reshape it to {rank} axes")
+
+
+def dropped_out(dropout: nnx.Dropout, x: jax.Array, train: bool, rngs: nnx.Rngs | None) -> jax.Array:
+  """Dropout in training. In evaluation it is no part of the program, which other formats would have to know."""
+  return dropout(x, deterministic=False, rngs=rngs) if train else x

@@ -9,7 +9,7 @@ from flax import nnx
 
 from kdflax.model import Model, Outputs
 from kdflax.models.adapters import from_nnx
-from kdflax.models.layers import Activation, Dtype, check_dropout, check_widths, classifier, hidden_init
+from kdflax.models.layers import Activation, Dtype, check_dropout, check_widths, classifier, dropped_out, hidden_init
 
 
 def mlp(
@@ -77,6 +77,6 @@ class _MLP(nnx.Module):
     for index, layer in enumerate(self.hidden, start=1):
       features[f"hidden{index}_pre"] = before = layer(dropped)
       features[f"hidden{index}"] = embedding = self.activation(before)
-      dropped = self.dropout(embedding, deterministic=not train, rngs=rngs)
+      dropped = dropped_out(self.dropout, embedding, train, rngs)
     logits = {} if self.head is None else {"logits": self.head(dropped)}
     return {**logits, "embedding": embedding, "features": features}

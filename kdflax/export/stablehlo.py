@@ -34,8 +34,9 @@ def export_model(
   *,
   outputs: Sequence[str] = ("logits",),
   platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+  batch_size: int | None = None,
 ) -> str:
-  """Write a model in evaluation mode, for every batch size and several platforms.
+  """Write a model in evaluation mode, for every batch size or for one, and several platforms.
 
   Args:
     directory: made if it does not exist; an earlier export in it is replaced.
@@ -46,6 +47,8 @@ def export_model(
     outputs: which outputs to keep, such as `"logits"`, `"embedding"`, `"features.stage1"`, all [batch, ...]. What only
       the others need is not computed.
     platforms: where it will run.
+    batch_size: leave it None for every size. Compilers that want all shapes, such as IREE, take a program of one size
+      and one platform.
 
   Returns:
     The digest of the variables.
@@ -53,14 +56,8 @@ def export_model(
   Raises:
     ValueError: if the model lacks an output, or depends on its batch size.
   """
-  if model.inputs != "batch":
-    raise ValueError(f"only a model that reads the batch can leave; this one reads {model.inputs!r}, another's output")
-
-  def forward(variables: tuple[PyTree, PyTree], batch: PyTree) -> dict[str, jax.Array]:
-    found, _ = model.apply(*variables, batch, train=False, key=None)
-    return {path: lookup(found, path) for path in outputs}
-
-  size = export.symbolic_shape(_BATCH)
+  forward = evaluated(model, outputs)
+  size = export.symbolic_shape(_BATCH) if batch_size is None else (checked_size(batch_size),)
   inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*size, *x.shape[1:]), _canonical(x.dtype)), dict(example))
   weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _canonical(x.dtype)), tuple(variables))
   exported = export.export(_open_batch(forward, weights, inputs, example), platforms=tuple(platforms))(weights, inputs)
@@ -130,6 +127,29 @@ def load_exported(
     return call(variables, {name: batch[name] for name in entries})
 
   return predict
+
+
+def evaluated(model: Model, outputs: Sequence[str]) -> Callable[[PyTree, PyTree], dict[str, jax.Array]]:
+  """The function `(variables, batch) -> outputs by path` of a model in evaluation mode.
+
+  Raises:
+    ValueError: if it reads another model's output.
+  """
+  if model.inputs != "batch":
+    raise ValueError(f"only a model that reads the batch can leave; this one reads {model.inputs!r}, another's output")
+
+  def forward(variables: tuple[PyTree, PyTree], batch: PyTree) -> dict[str, jax.Array]:
+    found, _ = model.apply(*variables, batch, train=False, key=None)
+    return {path: lookup(found, path) for path in outputs}
+
+  return forward
+
+
+def checked_size(batch_size: int) -> int:
+  """Raises a ValueError unless it is a number of examples."""
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size} must be at least 1")
+  return batch_size
 
 
 def _open_batch(forward: Callable[[PyTree, PyTree], Any], weights: PyTree, inputs: PyTree, example: PyTree) -> Any:
