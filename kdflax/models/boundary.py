@@ -143,11 +143,12 @@ def _at(tree: PyTree, path: tuple[Any, ...], shape: tuple[int, ...], name: str) 
 
 
 def shapes(x: PyTree) -> PyTree:
-  """Returns the shapes and dtypes of a tree of arrays, for a batch of one: a module does not depend on its size.
+  """Returns the shapes and dtypes of a tree of arrays; a batch whose size an export leaves open counts as one of one.
 
-  So a model is built once for all of them, also where an export leaves the size open.
+  A module does not depend on the size of its batch, and shapes that are known can be compared.
   """
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *np.shape(leaf)[1:])[: np.ndim(leaf)], leaf.dtype), x)
+  known = lambda shape: tuple(n if isinstance(n, int) else 1 for n in shape[:1]) + tuple(shape[1:])
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(known(np.shape(leaf)), leaf.dtype), x)
 
 
 def typed(key: jax.Array) -> jax.Array:
