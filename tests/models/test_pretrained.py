@@ -5,6 +5,8 @@ import functools
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -225,3 +227,29 @@ def test_families_are_found_by_what_a_model_has():
   for name in FAMILIES:
     config = loaded(name).config
     assert read_config(write_config(config)) == dataclasses.replace(config, param_dtype=np.float32)
+
+
+MEASURED = """
+import pathlib, re, sys, jax
+from kdflax import models
+status = pathlib.Path("/proc/self/status")
+resident = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])  # the most so far  # the most so far
+models.load_pretrained(sys.argv[1])
+before = resident()
+read = models.load_pretrained(sys.argv[2])
+jax.block_until_ready(read.variables)
+print(1024 * (resident() - before) / models.count_bytes(read.variables))
+"""
+
+
+@pytest.mark.slow
+def test_there_is_never_a_second_copy_in_memory(tmp_path):
+  """The most memory that a process of its own has, above that with everything imported, per byte of the params."""
+  config = models.DecoderConfig(vocabulary=4096, width=1024, depth=12, heads=8, qk_norm=True)
+  shapes, _ = jax.eval_shape(models.decoder(config).init, jax.random.key(0), {"tokens": np.zeros((1, 1), int)})
+  params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, jnp.bfloat16), shapes)
+  models.save_pretrained(tmp_path, config, params)
+  assert models.count_bytes(params) > 300e6
+  command = [sys.executable, "-c", MEASURED, RECORDED / "qwen3", tmp_path]
+  done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RECORDED.parents[2])
+  assert 0.9 < float(done.stdout) < 1.5, done.stdout
