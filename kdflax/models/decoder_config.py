@@ -18,7 +18,7 @@ class Rope:
   Attributes:
     base: of the powers that the wave lengths are.
     scaling: how a longer context is reached. "linear" divides all frequencies by `factor`; "dynamic" raises the base
-      with the length of the batch, beyond the `max_length` of the model; "llama3" and "yarn" divide low frequencies and
+      with the length of the batch, or of its cache, beyond the `max_length` of the model; "llama3" and "yarn" divide low frequencies and
       leave high ones, each with a ramp of its own.
     factor: by how much the context grows.
     original_length: of the context before it grew, in tokens; of "llama3" and "yarn".
@@ -118,7 +118,8 @@ class DecoderConfig:
     dtype: to compute in; None is that of the params.
     param_dtype: of the params that `init` makes.
     remat: what the backward pass computes again instead of keeping it: "layer" keeps the input of each layer,
-      "products" what matrices were multiplied to as well, None keeps all.
+      "products" what matrices were multiplied to as well, None keeps all. It takes `scan`: of layers that are compiled
+      one by one XLA may compute all again at once.
     scan: whether the layers are one compiled body that runs `depth` times, or `depth` bodies, which take longer to
       compile and may run faster. The params are stacked either way.
     attention: "cudnn" for the flash attention of NVIDIA's library, which takes float16 and bfloat16 and no soft cap;

@@ -87,8 +87,8 @@ def test_a_config_of_before_version_5_says_the_same(copied):
   assert models.load_pretrained(copied({"rope_scaling": None})).config.rope == models.Rope(123.0)
 
 
-def test_params_go_to_where_they_shall_lie():
-  """A part of the files to each device; a function of the shapes may say which."""
+def test_params_go_to_where_they_shall_lie(tmp_path):
+  """A part of the files to each device; a function of the shapes may say which. They are saved from there as well."""
   mesh = training.make_mesh({"data": 4, "model": 2})
   whole = loaded("qwen3").variables[0]
   sharding = lambda shapes: jax.tree.map(
@@ -101,6 +101,8 @@ def test_params_go_to_where_they_shall_lie():
   assert query.addressable_shards[0].data.shape == (3, 16, 20)
   spread = models.load_pretrained(RECORDED / "qwen3", sharding=sharding, param_dtype=jnp.float32)
   check_logits("qwen3", spread)
+  models.save_pretrained(tmp_path, read.config, read.variables[0])
+  jax.tree.map(np.testing.assert_array_equal, models.load_pretrained(tmp_path).variables[0], whole)
   everywhere = models.load_pretrained(RECORDED / "qwen3", sharding=NamedSharding(mesh, P())).variables[0]
   assert everywhere["head"].is_fully_replicated
   jax.tree.map(np.testing.assert_array_equal, everywhere, whole)
