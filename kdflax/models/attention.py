@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdflax.models.decoder_config import DecoderConfig, Rope
 
+_FIRST = np.int32(0)  # a number of Python would be wider where float64 is allowed
 Rotation = tuple[jax.Array, jax.Array]  # cosine and sine, [batch or 1, length, 1, head_width / 2]
 Mask = jax.Array | None  # bool [batch or 1, 1, queries, keys]; None is causal
 
@@ -22,7 +24,7 @@ class Past(NamedTuple):
 
   def followed_by(self, key: jax.Array, value: jax.Array) -> "Past":
     write = lambda old, new: jax.lax.dynamic_update_slice(
-      old, new[None].astype(old.dtype), (self.layer, 0, self.place, 0, 0)
+      old, new[None].astype(old.dtype), (self.layer, _FIRST, self.place, _FIRST, _FIRST)
     )
     return self._replace(keys=write(self.keys, key), values=write(self.values, value))
 
@@ -105,7 +107,7 @@ def places(
 def extended(cache: Mapping[str, jax.Array], positions: jax.Array, segments: jax.Array | None) -> dict[str, jax.Array]:
   """The cache with the places of further tokens; their keys and values follow layer by layer."""
   shape = (cache["positions"].shape[0], positions.shape[1])
-  add = lambda old, new: jax.lax.dynamic_update_slice(old, jnp.broadcast_to(new, shape), (0, cache["index"]))
+  add = lambda old, new: jax.lax.dynamic_update_slice(old, jnp.broadcast_to(new, shape), (_FIRST, cache["index"]))
   return {
     **cache,
     "positions": add(cache["positions"], positions),

@@ -18,8 +18,8 @@ class Rope:
   Attributes:
     base: of the powers that the wave lengths are.
     scaling: how a longer context is reached. "linear" divides all frequencies by `factor`; "dynamic" raises the base
-      with the length of the batch, or of its cache, beyond the `max_length` of the model; "llama3" and "yarn" divide low frequencies and
-      leave high ones, each with a ramp of its own.
+      with the length of the batch, or of its cache, beyond the `max_length` of the model; "llama3" and "yarn" divide
+      low frequencies and leave high ones, each with a ramp of its own.
     factor: by how much the context grows.
     original_length: of the context before it grew, in tokens; of "llama3" and "yarn".
     low_frequency_factor, high_frequency_factor: ends of the ramp of "llama3", in turns over the original context.

@@ -87,6 +87,15 @@ def test_a_sampler_may_be_part_of_a_program():
   np.testing.assert_array_equal(program(PARAMS, KEY, LENGTHS), sampler()(PARAMS, PROMPTS, KEY, LENGTHS).tokens)
 
 
+def test_float64_stays_and_the_texts_as_well():
+  expected = sampler(temperature=0.0)(PARAMS, PROMPTS, KEY, LENGTHS)
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), PARAMS)
+    assert MODEL.apply(wide, {}, {"tokens": PROMPTS}, train=False)[0]["logits"].dtype == jnp.float64
+    sampled = models.make_sampler(CONFIG, new_tokens=5, temperature=0.0)(wide, PROMPTS, KEY, LENGTHS)
+  np.testing.assert_array_equal(sampled.tokens, expected.tokens)
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
