@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -61,12 +61,15 @@ def check_room(path: str | pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-  """What an experiment runs on: it changes where numbers lie, and nothing of the results."""
+  """What an experiment runs on and who watches: where numbers lie, and nothing of the results."""
 
   mesh: str | None = None
   """Devices by axis, as data=8 or data=4,model=2: examples are spread over data, outputs of kernels over model."""
   fsdp: str | None = None
   """Axis of the mesh over which every large array of the training state is cut; whole everywhere if not given."""
+
+  log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+  """Where the numbers of metrics.jsonl go as well: tensorboard, wandb (kept on disk), trackio."""
 
   def layout(self, leading: int) -> training.Layout | None:
     """The layout that is asked for, or None for the plain one: a copy of everything on every device.

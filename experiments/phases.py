@@ -26,7 +26,7 @@ from kdflax.objectives import Term
 from kdflax.training.metrics import accuracy
 
 PyTree = Any
-_UNBOUND = ("run", "accept_changes", "mesh", "fsdp")  # settings that may differ when a run continues
+_UNBOUND = ("run", "accept_changes", "mesh", "fsdp", "log")  # settings that may differ when a run continues
 
 
 class Session(NamedTuple):
@@ -78,7 +78,9 @@ def session(config: Any, **bound: Any) -> Iterator[Session]:
   settings |= {"order": ORDER} | bound
   with (
     training.RunDirectory(config.run, settings, accept_changes=config.accept_changes) as directory,
-    training.MetricsLog(directory.path / "metrics.jsonl") as log,
+    training.MetricsLog(
+      directory.path / "metrics.jsonl", [training.tracker(name, directory.path) for name in getattr(config, "log", ())]
+    ) as log,
     training.stop_on_signals() as stop,
   ):
     yield Session(config, directory.path, log, stop)

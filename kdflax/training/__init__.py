@@ -22,9 +22,11 @@ from kdflax.training.run import MetricsLog, RunDirectory, RunDirectoryError
 from kdflax.training.sharding import Layout, Rule, Split, fsdp, place_batch, place_frozen, tensor_parallel
 from kdflax.training.stages import starting_from, train_stages
 from kdflax.training.state import Average, Penalty, TrainState
+from kdflax.training.trackers import TRACKERS, TensorBoard, Tracker, Trackio, WandB, tracker
 
 __all__ = [
   "PREEMPTED",
+  "TRACKERS",
   "Average",
   "Checkpoints",
   "DiskFull",
@@ -42,7 +44,11 @@ __all__ = [
   "RunDirectoryError",
   "Saving",
   "Split",
+  "TensorBoard",
+  "Tracker",
+  "Trackio",
   "TrainState",
+  "WandB",
   "apply_models",
   "digest",
   "evaluate_dataset",
@@ -66,6 +72,7 @@ __all__ = [
   "stop_on_signals",
   "stop_on_sigterm",
   "tensor_parallel",
+  "tracker",
   "train_stages",
   "use_compile_cache",
   "write_atomically",

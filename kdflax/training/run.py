@@ -7,10 +7,11 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdflax.files import write_atomically
+from kdflax.training.trackers import Tracker
 
 _CONFIG, _NEXT, _CHANGES = "config.json", "config-next.json", "changes.json"
 
@@ -148,9 +149,15 @@ class MetricsLog:
   Rows are counted by their `phase`, so that one which starts again leaves those of the others alone.
   """
 
-  def __init__(self, path: str | pathlib.Path):
-    """Opens the file; a last line that was not finished belongs to no checkpoint, and is dropped."""
+  def __init__(self, path: str | pathlib.Path, trackers: Sequence[Tracker] = ()):
+    """Opens the file; a last line that was not finished belongs to no checkpoint, and is dropped.
+
+    Args:
+      path: the file.
+      trackers: are given each row as well, and closed with the log.
+    """
     self._path = pathlib.Path(path)
+    self._trackers = tuple(trackers)
     self._complete: dict[str, int] = {}  # rows of the trainings of a phase that have come to their end
     self._keep(lambda phase: True)
 
@@ -159,6 +166,8 @@ class MetricsLog:
     self._file.write(json.dumps(row).encode() + b"\n")
     phase = row.get("phase", "")
     self._rows[phase] = self._rows.get(phase, 0) + 1
+    for tracker in self._trackers:
+      tracker(row)
 
   def rows(self, phase: str) -> int:
     """Puts all rows on disk and returns how many are of a phase."""
@@ -203,8 +212,10 @@ class MetricsLog:
     self._file = open(self._path, "ab")  # noqa: SIM115 (closed by close)
 
   def close(self) -> None:
-    """Closes the file."""
+    """Closes the file and the trackers."""
     self._file.close()
+    for tracker in self._trackers:
+      tracker.close()
 
   def __enter__(self) -> "MetricsLog":
     return self
