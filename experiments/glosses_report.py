@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # before pyplot: there may be no screen
 import matplotlib.pyplot as plt
 
 NEAREST = 10  # neighbours that count
+SERVED = 64  # texts at a time
 _EVERY = 6  # of the test glosses one in so many is a query
 _SHOWN = 6  # queries in the list of nearest glosses
 
@@ -47,7 +48,7 @@ def write(
 def distillation_table(session: phases.Session, results: Mapping[Any, Any], taught: Mapping[int, Any]) -> str:
   """The students of the lexicographer files, each beside the one that had the labels alone."""
   rows, numbers = [], []
-  for labels in session.config.labels:
+  for labels in sorted({student.labels for student in results}):
     scores = taught[labels]["lexicographer"]
     rows.append(_row(labels, "teacher", "its heads alone", scores, None, None, None))
     numbers.append({"labels": labels, "network": "teacher", "method": "", "accuracy": scores})
@@ -122,8 +123,8 @@ def serving_table(session: phases.Session, costs: Mapping[str, Mapping[str, floa
       "parameters": f"{cost['parameters']:,}",
       "megabytes": f"{cost['bytes'] / 1e6:.1f}",
       "one text (ms)": f"{cost['1'] / 1e3:.3f}",
-      "texts a second, 256 at a time": f"{256e6 / cost['256']:,.0f}",
-      "times the teacher's": f"{costs['teacher']['256'] / cost['256']:,.0f}",
+      f"texts a second, {SERVED} at a time": f"{1e6 * SERVED / cost[str(SERVED)]:,.0f}",
+      "times the teacher's": f"{costs['teacher'][str(SERVED)] / cost[str(SERVED)]:,.0f}",
     }
     for name, cost in costs.items()
   ]
@@ -153,12 +154,17 @@ def nearest_rows(embedding: np.ndarray, queries: np.ndarray, count: int = NEARES
 
 
 def nearest(session: phases.Session, results: Mapping[Any, Any], test: Mapping[str, Any], texts: np.ndarray) -> None:
-  """Writes the glosses nearest to a few: by the teacher, by the bag of all terms, and by that of labels alone."""
+  """Writes the glosses nearest to a few: by the teacher, by a student of all terms, and by one of labels alone."""
   queries = np.linspace(0, len(texts) - 1, _SHOWN + 2).astype(int)[1:-1]
   labels = session.config.labels[-1]
-  of_bag = {s.method: t.embedding for s, t in results.items() if s.labels == labels and s.network == "bag"}
+  network = session.config.networks[0]
+  mine = {s.method: t.embedding for s, t in results.items() if s.labels == labels and s.network == network}
   last = session.config.methods[-1]
-  embeddings = {"teacher": test["embedding"], f"bag, {last}": of_bag.get(last), "bag, alone": of_bag.get("alone")}
+  embeddings = {
+    "teacher": test["embedding"],
+    f"{network}, {last}": mine.get(last),
+    f"{network}, alone": mine.get("alone"),
+  }
   found = {name: nearest_rows(x, queries, 2) for name, x in embeddings.items() if x is not None}
   lines = [f"# The two nearest test glosses, by {', by '.join(found)} ({labels} labels)"]
   for place, query in enumerate(queries):
@@ -169,7 +175,7 @@ def nearest(session: phases.Session, results: Mapping[Any, Any], test: Mapping[s
 
 def picture(session: phases.Session, results: Mapping[Any, Any], taught: Mapping[int, Any]) -> None:
   """Draws the accuracy of each network by method, a panel for each number of labels, with the teacher as a line."""
-  budgets = session.config.labels
+  budgets = sorted({student.labels for student in results})
   figure, panels = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 3.6), squeeze=False, sharey=True)
   methods = list(session.config.methods)[::-1]
   for panel, labels in zip(panels[0], budgets, strict=True):
