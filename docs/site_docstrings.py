@@ -6,6 +6,7 @@ from typing import Any
 import griffe
 
 _SECTIONS = ("Args:", "Returns:", "Raises:", "Examples:", "Reference:", "Attributes:", "Yields:")
+_SHARED = re.compile(r"^  (\w+(?:, \w+)+): (.*\n?(?:^    .*\n?)*)", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
@@ -37,11 +38,18 @@ def as_markdown(text: str) -> str:
     section = section or part.startswith(_SECTIONS)
     if lines and not section and all(line.startswith("  ") for line in lines):
       part = "\n".join(["```text", *_dedented(lines), "```"])
+    if part.startswith("Args:"):
+      part = _SHARED.sub(_each_by_itself, part)
     if part.startswith("Reference:"):
       section, words = False, " ".join(part.split())
       part = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", f"**Reference**: {words[11:]}")
     shown.append(part)
   return "\n\n".join(shown)
+
+
+def _each_by_itself(match: re.Match[str]) -> str:
+  """What is said of several arguments at once, `a, b: text`, said of each."""
+  return "".join(f"  {name}: {match[2]}" for name in match[1].split(", "))
 
 
 def _dedented(lines: list[str]) -> list[str]:

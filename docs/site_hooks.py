@@ -56,8 +56,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if ":" in target or target.startswith("/"):
       return match[0]
     path = posixpath.normpath(posixpath.join(folder, target))
-    if path.startswith("docs/") and not path.endswith(".py"):
-      return match[0]  # MkDocs checks it
+    if path.startswith("docs/") and not path.endswith(".py"):  # MkDocs checks it
+      where = posixpath.relpath(path.removeprefix("docs/"), posixpath.dirname(page.file.src_uri) or ".")
+      return f"{match[1]}{where}{match[3]}"
     if not (ROOT / path).exists():
       raise PluginError(f"{page.file.src_uri} links to {target}, and there is no {path}")
     inside = _inside(path)
@@ -65,7 +66,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
       where = posixpath.relpath(inside.split("#")[0], posixpath.dirname(page.file.src_uri) or ".")
       return f"{match[1]}{where}{('#' + inside.split('#')[1] + ')') if '#' in inside else match[3]}"
     kind = "tree" if (ROOT / path).is_dir() else "blob"
-    return f"{match[1]}{config.repo_url}/{kind}/main/{path}{match[3]}"
+    return f"{match[1]}{config.extra['repository']}/{kind}/main/{path}{match[3]}"
 
   parts = _CODE.split(markdown)
   return "".join(part if i % 2 else _LINK.sub(mended, part) for i, part in enumerate(parts))

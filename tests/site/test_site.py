@@ -124,6 +124,11 @@ def test_nothing_is_asked_of_elsewhere():
   assert [str(path) for path in SITE.rglob("*.html") if loads.search(path.read_text())] == []
 
 
+def test_arguments_that_share_a_text_are_listed_apart():
+  shown = as_markdown("Adds.\n\nArgs:\n  a, b: numbers,\n    or none.\n  c: another.")
+  assert shown.endswith("Args:\n  a: numbers,\n    or none.\n  b: numbers,\n    or none.\n  c: another.")
+
+
 def test_docstrings_become_markdown():
   text = 'A loss.\n\n  a + b\n  c\n\nArgs:\n  a: it.\n\nReference: A B, "T", 2020, arXiv 2001.00001. Theirs\ndiffers.'
   shown = as_markdown(text)
