@@ -91,9 +91,8 @@ def test_params_go_to_where_they_shall_lie(tmp_path):
   """A part of the files to each device; a function of the shapes may say which. They are saved from there as well."""
   mesh = training.make_mesh({"data": 4, "model": 2})
   whole = loaded("qwen3").variables[0]
-  sharding = lambda shapes: jax.tree.map(
-    lambda leaf: NamedSharding(mesh, P(*[None] * (len(leaf.shape) - 1), "model")), shapes
-  )
+  layout = training.Layout(mesh, [training.tensor_parallel("model", at_least=100)])
+  sharding = lambda params: layout.of_frozen({"teacher": (params, {})})["teacher"][0]
   read = models.load_pretrained(RECORDED / "qwen3", sharding=sharding)
   jax.tree.map(np.testing.assert_array_equal, read.variables[0], whole)
   query = read.variables[0]["layers"]["attention"]["query"]["kernel"]
