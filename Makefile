@@ -10,7 +10,7 @@ QUICK = tests/test_layering.py tests/test_style.py tests/test_packaging.py tests
   scales and not float64 and not bfloat16 and not hyper and not another_process"
 
 .DEFAULT_GOAL := help
-.PHONY: help distill test slow quick peers lint pages docs browse bench clean
+.PHONY: help distill test slow quick peers lint pages docs browse release bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
@@ -55,6 +55,18 @@ docs: pages .venv/docs/installed  ## the generated pages, and the documentation 
 
 browse: docs  ## opens every page of the site in Chromium (of the system, with chromedriver) and searches in it
 	.venv/docs/bin/python -m pytest -n 0 tests/site
+
+release: .venv/release/installed  ## builds wheel and sdist into dist/, checks them, and tries the wheel in an environment of its own
+	rm -rf dist build/lib *.egg-info
+	.venv/release/bin/python -m build --outdir dist
+	.venv/release/bin/python -m twine check --strict dist/*
+	.venv/release/bin/check-wheel-contents --toplevel kdflax dist/*.whl
+	.venv/release/bin/python scripts/try_wheel.py dist/*.whl
+
+.venv/release/installed: .venv/installed
+	$(RUN) -m venv .venv/release
+	.venv/release/bin/python -m pip install --quiet --disable-pip-version-check "build>=1.2" "twine>=6" "check-wheel-contents>=0.6"
+	@touch $@
 
 .venv/docs/installed: .venv/installed
 	@echo "== making .venv/docs (about a minute)"

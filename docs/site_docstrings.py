@@ -39,7 +39,7 @@ def as_markdown(text: str) -> str:
     if lines and not section and all(line.startswith("  ") for line in lines):
       part = "\n".join(["```text", *_dedented(lines), "```"])
     if part.startswith("Args:"):
-      part = _SHARED.sub(_each_by_itself, part)
+      part = _SHARED.sub(_each_by_itself, part).rstrip()
     if part.startswith("Reference:"):
       section, words = False, " ".join(part.split())
       part = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", f"**Reference**: {words[11:]}")
@@ -49,7 +49,7 @@ def as_markdown(text: str) -> str:
 
 def _each_by_itself(match: re.Match[str]) -> str:
   """What is said of several arguments at once, `a, b: text`, said of each."""
-  return "".join(f"  {name}: {match[2]}" for name in match[1].split(", "))
+  return "".join(f"  {name}: {match[2].rstrip()}\n" for name in match[1].split(", "))
 
 
 def _dedented(lines: list[str]) -> list[str]:

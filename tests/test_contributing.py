@@ -34,6 +34,22 @@ def test_the_quick_subset_names_what_exists():
     assert (ROOT / path).exists(), path
 
 
+def test_workflows_run_what_anybody_can_run():
+  import yaml
+
+  read = lambda path: yaml.safe_load(path.read_text())
+  workflows = {path.stem: read(path) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+  commands = {
+    name: [step["run"] for job in flow["jobs"].values() for step in job["steps"] if "run" in step]
+    for name, flow in workflows.items()
+  }
+  assert ".ci/run" in commands["ci"] and {".ci/run", "make release"} <= set(commands["release"])
+  targets = set(re.findall(r"^(\w+):.*  ## \S", MAKEFILE, re.MULTILINE))
+  assert {c.split()[1] for all_of in commands.values() for c in all_of if c.startswith("make ")} <= targets
+  for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[abmn]*.yml"):
+    assert {"name", "description", "body"} <= read(form).keys(), form
+
+
 def test_the_citation_has_the_version():
   assert f"version: {kdflax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
   assert re.search(rf"^## {re.escape(kdflax.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

@@ -125,8 +125,8 @@ def test_nothing_is_asked_of_elsewhere():
 
 
 def test_arguments_that_share_a_text_are_listed_apart():
-  shown = as_markdown("Adds.\n\nArgs:\n  a, b: numbers,\n    or none.\n  c: another.")
-  assert shown.endswith("Args:\n  a: numbers,\n    or none.\n  b: numbers,\n    or none.\n  c: another.")
+  shown = as_markdown("Adds.\n\nArgs:\n  a, b: numbers,\n    or none.")
+  assert shown.endswith("Args:\n  a: numbers,\n    or none.\n  b: numbers,\n    or none.")
 
 
 def test_docstrings_become_markdown():
