@@ -23,6 +23,7 @@ class Past(NamedTuple):
   place: jax.Array
 
   def followed_by(self, key: jax.Array, value: jax.Array) -> "Past":
+    """With the keys and values of further tokens in this layer."""
     write = lambda old, new: jax.lax.dynamic_update_slice(
       old, new[None].astype(old.dtype), (self.layer, _FIRST, self.place, _FIRST, _FIRST)
     )
@@ -30,6 +31,7 @@ class Past(NamedTuple):
 
 
 def rotation(rope: Rope, positions: jax.Array, length: int, config: DecoderConfig) -> Rotation:
+  """By how much queries and keys turn at these positions."""
   frequencies = jnp.asarray(rope.frequencies(config.head_width, length, config.max_length), jnp.float32)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angles) * rope.magnitude(), jnp.sin(angles) * rope.magnitude()
@@ -117,4 +119,5 @@ def extended(cache: Mapping[str, jax.Array], positions: jax.Array, segments: jax
 
 
 def capped(z: jax.Array, cap: float | None) -> jax.Array:
+  """Numbers bent into (-cap, cap)."""
   return z if cap is None else cap * jnp.tanh(z / cap)

@@ -34,7 +34,8 @@ Place = Sharding | Callable[[PyTree], PyTree]  # of all arrays, or what a tree o
 
 _CONFIG, _WHOLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-_PREFIXES = ("model.", "language_model.model.", "model.language_model.")  # the last two: beside a model of images
+# What the names of a language model begin with, alone and beside a model of images, and what that of its head does.
+_PREFIXES = {"model.": "", "language_model.model.": "language_model.", "model.language_model.": ""}
 _IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _COPIED = (
   "tokenizer*",
@@ -98,8 +99,8 @@ def load_pretrained(
   """
   directory = pathlib.Path(directory)
   config = dataclasses.replace(_config(directory), dtype=dtype, remat=remat, scan=scan, attention=attention)
-  leaves, tensors = _leaves(config), _tensors(directory)
-  _check_tensors(directory, tensors, leaves, config)
+  leaves, tensors = _leaves(config), _of_text(_tensors(directory), config.tied)
+  _check_tensors(directory, tensors, leaves)
   shardings = _shardings(sharding, leaves)
   params = {}
   for leaf in leaves:
@@ -292,21 +293,20 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   )
 
 
-def _check_tensors(
-  directory: pathlib.Path, tensors: dict[str, _Tensor], leaves: Sequence[_Leaf], config: DecoderConfig
-) -> None:
-  """Renames tensors to what they are called in a model of text alone, drops what is not asked for, checks the rest."""
+def _of_text(tensors: Mapping[str, _Tensor], tied: bool) -> dict[str, _Tensor]:
+  """Tensors by what they are called in a model of text alone, without those that it computes or does not have."""
   prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in tensors), "model.")
-  for name in list(tensors):
-    beside = prefix.replace("model.", "", 1) if prefix == "model.language_model." else prefix.removesuffix("model.")
-    if name.startswith(_IMAGES) or name.endswith("rotary_emb.inv_freq"):
-      del tensors[name]
-    elif prefix != "model." and name.startswith(prefix):
-      tensors["model." + name.removeprefix(prefix)] = tensors.pop(name)
-    elif prefix != "model." and name == f"{beside}lm_head.weight":
-      tensors["lm_head.weight"] = tensors.pop(name)
-  if config.tied:
-    tensors.pop("lm_head.weight", None)  # a copy of the embedding
+  head = f"{_PREFIXES[prefix]}lm_head.weight"
+  found = {}
+  for name, tensor in tensors.items():
+    if name.startswith(_IMAGES) or name.endswith("rotary_emb.inv_freq") or (tied and name == head):
+      continue
+    inner = "lm_head.weight" if name == head else name
+    found["model." + name.removeprefix(prefix) if name.startswith(prefix) else inner] = tensor
+  return found
+
+
+def _check_tensors(directory: pathlib.Path, tensors: Mapping[str, _Tensor], leaves: Sequence[_Leaf]) -> None:
   expected = {name: leaf.row for leaf in leaves for name in leaf.names}
   both = [name for name in expected if name in tensors]
   problems = {

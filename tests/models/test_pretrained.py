@@ -134,6 +134,20 @@ def test_a_copy_of_a_tied_embedding_and_what_can_be_computed_are_dropped(tmp_pat
   jax.tree.map(np.testing.assert_array_equal, models.load_pretrained(tmp_path).variables, loaded("llama3").variables)
 
 
+@pytest.mark.parametrize(
+  ("inner", "outer"), [("language_model.model.", "language_model."), ("model.language_model.", "")]
+)
+def test_a_language_model_is_found_beside_one_of_images(tmp_path, inner, outer):
+  shutil.copytree(RECORDED / "qwen3", tmp_path, dirs_exist_ok=True)
+  tensors = load_file(tmp_path / "model.safetensors")
+  renamed = {
+    inner + name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"
+  }
+  renamed |= {f"{outer}lm_head.weight": tensors["lm_head.weight"], "vision_tower.patches.weight": np.ones(3)}
+  save_file(renamed, tmp_path / "model.safetensors")
+  jax.tree.map(np.testing.assert_array_equal, models.load_pretrained(tmp_path).variables, loaded("qwen3").variables)
+
+
 NAME = "model.layers.1.self_attn.q_proj.weight"
 
 
