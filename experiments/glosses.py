@@ -20,7 +20,8 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -181,7 +182,7 @@ def main(config: Config) -> None:
     taught = {
       labels: scores_of(teacher_says(splits["test"], fitted), splits["test"]) for labels, fitted in heads.items()
     }
-    costs = {} if config.smoke else serving(session, splits["test"], heads[config.labels[-1]])
+    costs = {} if config.smoke else serving(config, splits["test"], heads[config.labels[-1]])
     glosses_report.write(session, results, taught, costs, splits["test"], texts)
 
 
@@ -337,27 +338,37 @@ def validation_terms(tasks: Sequence[str]) -> dict[str, Term]:
   return terms
 
 
-def serving(session: phases.Session, arrays: data.Arrays, heads: dict[str, Any]) -> dict[str, dict[str, float]]:
-  """What the networks cost to serve: bytes, and microseconds for one text and for 64 of `length` word pieces."""
-  texts = {name: arrays[name] for name in ("token_ids", "mask")}
-  task, costs = "lexicographer", {}
+def serving(config: Config, arrays: data.Arrays, heads: dict[str, Any]) -> dict[str, dict[str, float]]:
+  """What the networks cost to serve: parameters, bytes, and processor seconds a text by the texts served at a time."""
+  texts = phases.on_device({name: arrays[name] for name in ("token_ids", "mask")})
+  task = "lexicographer"
   encoder, (params, state) = models.load_bert(glosses_teacher.folder(), sha256=glosses_teacher.SHA256)
-  teacher = models.hard_sharing(encoder, {task: models.task_head(TASKS[task])})
   head = {"linear": jax.tree.map(lambda x: x[0], heads[task])}
-  candidates: dict[str, Any] = {
-    "teacher": (
-      teacher,
-      ({"shared": params, "task": {task: {"head": head}}}, {"shared": state, "task": {task: {"head": {}}}}),
-    )
+  of_teacher = {"shared": params, "task": {task: {"head": head}}}, {"shared": state, "task": {task: {"head": {}}}}
+  networks: dict[str, Any] = {
+    "teacher": (models.hard_sharing(encoder, {task: models.task_head(TASKS[task])}), of_teacher)
   }
-  for name in session.config.networks:
-    model = network(session.config, Student(name, (task,), 0, "alone"))
-    candidates[name] = model, model.init(jax.random.key(0), texts)
-  for name, (model, variables) in candidates.items():
-    timed = phases.latency(session, model, variables, texts, name, batch_sizes=(1, glosses_report.SERVED), repeats=9)
-    size = {"parameters": models.count_parameters(variables[0]), "bytes": models.count_bytes(variables[0])}
-    costs[name] = size | timed
+  for name in config.networks:
+    model = network(config, Student(name, (task,), 0, "alone"))
+    networks[name] = model, model.init(jax.random.key(0), texts)
+  costs = {}
+  for name, (model, variables) in networks.items():
+    costs[name] = {"parameters": models.count_parameters(variables[0]), "bytes": models.count_bytes(variables[0])}
+    forward = jax.jit(lambda batch, model=model, of=variables: model.apply(*of, batch, train=False)[0]["logits"])
+    for size in (1, glosses_report.SERVED):
+      batch = jax.tree.map(lambda x, size=size: x[:size], texts)
+      costs[name][str(size)] = processor_seconds(lambda batch=batch, forward=forward: forward(batch)) / size
   return costs
+
+
+def processor_seconds(run: Callable[[], Any], *, least: float = 1.0) -> float:
+  """Processor seconds of a call, over calls of at least so many together; other work on the machine hardly counts."""
+  jax.block_until_ready(run())  # compiles
+  start, calls = time.process_time(), 0
+  while time.process_time() - start < least:
+    jax.block_until_ready(run())
+    calls += 1
+  return (time.process_time() - start) / calls
 
 
 if __name__ == "__main__":

@@ -116,19 +116,20 @@ def _title(task: str) -> str:
 
 
 def serving_table(session: phases.Session, costs: Mapping[str, Mapping[str, float]]) -> str:
-  """Sizes, latency and throughput of the students beside the teacher."""
+  """Sizes and processor time of the students beside the teacher."""
+  milliseconds = lambda cost, size: f"{1e3 * cost[str(size)]:.3f}"
   rows = [
     {
       "network": name,
       "parameters": f"{cost['parameters']:,}",
       "megabytes": f"{cost['bytes'] / 1e6:.1f}",
-      "one text (ms)": f"{cost['1'] / 1e3:.3f}",
-      f"texts a second, {SERVED} at a time": f"{1e6 * SERVED / cost[str(SERVED)]:,.0f}",
-      "times the teacher's": f"{costs['teacher'][str(SERVED)] / cost[str(SERVED)]:,.0f}",
+      "one text alone (ms)": milliseconds(cost, 1),
+      f"a text of {SERVED} at a time (ms)": milliseconds(cost, SERVED),
+      "teacher's time over it": f"{costs['teacher'][str(SERVED)] / cost[str(SERVED)]:,.0f}",
     }
     for name, cost in costs.items()
   ]
-  title = f"Serving texts of {session.config.length} word pieces on this CPU: medians"
+  title = f"Processor time of a text of {session.config.length} word pieces, tokenised, on this CPU"
   return common.write_table(session.directory, "serving", title, rows, costs)
 
 
