@@ -49,7 +49,7 @@ def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, con
   """Grouped-query attention, `[batch, queries, heads, head_width]`."""
   scale = config.query_scale or config.head_width**-0.5
   if config.attention_soft_cap is not None:
-    return _attended_capped(query * scale, key, value, mask, config)
+    return _attended_capped(query, key, value, mask, config, scale)
   causal: dict[str, Any] = {"mask": mask} if mask is not None else {"is_causal": True}
   if mask is None and config.window is not None and config.slides[0]:
     causal["local_window_size"] = (config.window - 1, 0)
@@ -57,12 +57,12 @@ def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, con
 
 
 def _attended_capped(
-  query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, config: DecoderConfig
+  query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, config: DecoderConfig, scale: float
 ) -> jax.Array:
   """The same with a soft cap between products and softmax, which `dot_product_attention` has no place for."""
   kind = jnp.promote_types(query.dtype, jnp.float32)
   grouped = query.reshape(*query.shape[:2], config.kv_heads, -1, config.head_width)
-  scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=kind)
+  scores = scale * jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=kind)
   assert mask is not None
   scores = jnp.where(mask[:, :, None], capped(scores, config.attention_soft_cap), jnp.finfo(kind).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
