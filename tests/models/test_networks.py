@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kdflax import models
+from kdflax.models.layers import convolve
 
 KEY = jax.random.key(0)
 
@@ -194,3 +195,29 @@ def test_bad_settings(make, message):
 def test_wrong_rank(model, shape):
   with pytest.raises(ValueError, match=r"takes an input of shape \[batch"):
     model.init(KEY, {"image": jnp.ones(shape)})
+
+
+@pytest.mark.parametrize(("channels", "stride", "size"), [(1, 1, (6, 5)), (3, 2, (7, 8)), (4, 2, (5, 5))])
+def test_a_convolution_of_few_channels_is_the_convolution_that_it_replaces(channels, stride, size):
+  """Value and both derivatives in float64, alone and with a kernel for each of two networks."""
+  with jax.enable_x64(True):
+    keys = jax.random.split(KEY, 3)
+    x = jax.random.normal(keys[0], (2, 3, *size, channels), jnp.float64)
+    kernel = jax.random.normal(keys[1], (2, 3, 3, channels, 2), jnp.float64)
+    given = {"window_strides": (stride, stride), "padding": ((1, 1), (1, 1))}
+    order = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": None}
+    plain = lambda x, k: jax.lax.conv_general_dilated(x, k, **given, **order)
+    ours = lambda x, k: convolve(x, k, given["window_strides"], given["padding"], **order)
+    weigh = lambda f: lambda x, k: jnp.sum(jnp.sin(f(x, k)))
+    for f, g in ((ours, plain), *((jax.grad(weigh(ours), i), jax.grad(weigh(plain), i)) for i in (0, 1))):
+      np.testing.assert_allclose(f(x[0], kernel[0]), g(x[0], kernel[0]), rtol=1e-9, atol=1e-12)
+      np.testing.assert_allclose(jax.vmap(f)(x, kernel), jax.vmap(g)(x, kernel), rtol=1e-9, atol=1e-12)
+
+
+def test_kernels_of_many_networks_make_a_product_and_no_grouped_convolution():
+  apply = lambda k, x: convolve(
+    x, k, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=None
+  )
+  x, kernels = jnp.zeros((2, 5, 5, 1)), jnp.zeros((3, 3, 3, 1, 2))
+  text = jax.jit(jax.vmap(apply, (0, None))).trace(kernels, x).lower(lowering_platforms=("cpu",)).as_text()
+  assert "dot_general" in text and "stablehlo.convolution" not in text
