@@ -45,7 +45,7 @@ def _execute(title, step=STEP):
   def run(network, terms, frozen=None, optimizer=None, **options):
     learner = training.make_learner(network, terms, optimizer or optax.sgd(1.0), **options)
     batch, frozen = _wide(names["batch"]), _wide(frozen or {})
-    start = _wide(learner.init(jax.random.key(0), batch, frozen))
+    start = _wide(jax.jit(learner.init)(jax.random.key(0), batch, frozen))
     counted = jax.tree.map(lambda x: x + step if jnp.issubdtype(x.dtype, jnp.integer) else x, start.opt_state)
     moved = jax.tree.map(lambda x: 0.8 * x + 0.3 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), start.averages)
     before = start._replace(step=jnp.int32(step), opt_state=counted, averages=moved)

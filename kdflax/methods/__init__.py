@@ -11,7 +11,7 @@ from kdflax.methods.activations import activation_boundary, ofd
 from kdflax.methods.catalogue import CATALOGUE, SOURCES, TOOLS, Entry, paper
 from kdflax.methods.contrast import crd, seed
 from kdflax.methods.dense import cwd, gram_anchoring, pkd, wkd_f
-from kdflax.methods.features import attention_transfer, factor_transfer, fitnets, mgd, review_kd, vid
+from kdflax.methods.features import attention_transfer, factor_transfer, fitnets, mgd, review_kd, vid, vkd
 from kdflax.methods.heads import cat_kd, simkd
 from kdflax.methods.logits import ctkd, dist, dkd, hard_targets, mlkd, nkd, soft_targets, standardized_targets
 from kdflax.methods.method import Method, Stage, Weight
@@ -78,6 +78,7 @@ __all__ = [
   "soft_targets",
   "standardized_targets",
   "vid",
+  "vkd",
   "wkd_f",
   "wkd_l",
   "wttm",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kdflax import losses, models
 from kdflax.methods.method import Method, Stage, Weight, alone, times
@@ -249,6 +250,44 @@ def mgd(pair: Pair, *, stages: Sequence[str] | None = None, masked: float = 0.65
     inputs = {"student": f"{generated}.output", "teacher": pair.features(stage)[1]}
     terms[f"{name}/{stage}"] = Term(losses.hint, inputs, times(weight, math.prod(shape[1:])))
   return Method(connectors, terms)
+
+
+def vkd(pair: Pair, *, weight: Weight = 1.0, **settings: Any) -> Method:
+  """Learn the teacher's embedding, standardised for each example, through a connector that can only turn the student's.
+
+  A free linear connector can keep to itself what the student should have learned; this keeps lengths and angles.
+
+  Args:
+    pair: of models with an `embedding`: pooled maps or tokens in the paper.
+    weight: of the Term, a number or a schedule.
+    **settings: `beta` (1) of `losses.smooth_l1`.
+
+  Returns:
+    A method with the connector `vkd_connector` and the Term `vkd`.
+
+  Raises:
+    ValueError: if a model has no embedding.
+
+  Examples:
+    >>> import numpy as np
+    >>> from kdflax import methods, models
+    >>> pair = methods.pair(models.mlp((4,)), models.mlp((8,)), {"image": np.zeros((2, 6), np.float32)})
+    >>> list(methods.vkd(pair).models)
+    ['vkd_connector']
+
+  Reference: Roy Miles, Ismail Elezi and Jiankang Deng, "VkD: Improving Knowledge Distillation using Orthogonal
+  Projections", 2024, arXiv 2403.06213. For tasks that generate, the paper whitens the teacher's features instead.
+  """
+  name, connector = pair.named("vkd"), pair.named("vkd_connector")
+  turned = models.orthogonal_connector(pair.student.path("embedding"), pair.teacher.shape("embedding")[-1])
+  inputs = {"student": f"{connector}.output", "teacher": pair.teacher.path("embedding"), **settings}
+  return Method({connector: turned}, {name: Term(_smooth_l1_of_standardized, inputs, weight)})
+
+
+def _smooth_l1_of_standardized(student: jax.Array, teacher: jax.Array, **arguments: Any) -> jax.Array:
+  """As layer normalisation without parameters has the teacher's."""
+  teacher = jnp.asarray(teacher, jnp.promote_types(teacher.dtype, jnp.float32))
+  return losses.smooth_l1(student, jax.nn.standardize(teacher, epsilon=1e-5), **arguments)
 
 
 def _positions_hidden(path: str, share: float) -> Model:

@@ -7,6 +7,7 @@ from kdflax.models.connectors import (
   conv_connector,
   embedding_connector,
   linear_connector,
+  orthogonal_connector,
   temperature,
   vid_connector,
 )
@@ -64,6 +65,7 @@ __all__ = [
   "mmoe",
   "mtan",
   "multi_task_low_rank",
+  "orthogonal_connector",
   "orthogonal_matrix",
   "paraphraser",
   "ple",

@@ -16,6 +16,7 @@ from flax import nnx
 from kdflax.model import Model, Outputs, PyTree
 from kdflax.models.adapters import from_nnx
 from kdflax.models.layers import Activation, Convolution, check_rank, check_widths, conv_init, head_init
+from kdflax.models.low_rank import orthogonal_matrix
 from kdflax.numerics.safe import l2_normalize
 
 _MAP = "[batch, height, width, channels]"
@@ -41,6 +42,44 @@ def linear_connector(path: str, width: int, *, bias: bool = True) -> Model:
     if len(example.shape) < 2:
       raise ValueError(f"linear_connector({path!r}) takes [batch, ..., features], got {tuple(example.shape)}")
     return _Linear(example.shape[-1], width, bias, rngs)
+
+  return from_nnx(make, inputs=path, with_example=True)
+
+
+def orthogonal_connector(path: str, width: int) -> Model:
+  """Map the last axis to another width by a learned matrix with orthonormal rows, or columns where it narrows.
+
+  It may turn features, but where the output is at least as wide it keeps all lengths and angles: what the student's
+  features lack, the connector cannot make up for. It has no bias, and starts at a random rotation.
+
+    output = x Q,   Q the first rows and columns of `orthogonal_matrix(raw)`
+
+  Args:
+    path: context path of an array [batch, ..., features].
+    width: the features of the output.
+
+  Returns:
+    A model with `output` [batch, ..., width].
+
+  Raises:
+    ValueError: if the width is not positive or the input has no feature axis.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> connector, x = orthogonal_connector("student.embedding", 5), jnp.array([[3.0, 0.0, 4.0]])
+    >>> params, state = connector.init(jax.random.key(0), x)
+    >>> print(f"{jnp.linalg.norm(connector.apply(params, state, x, train=True)[0]['output']):.3f}")
+    5.000
+
+  Reference: Roy Miles, Ismail Elezi and Jiankang Deng, "VkD: Improving Knowledge Distillation using Orthogonal
+  Projections", 2024, arXiv 2403.06213.
+  """
+  check_widths(width=(width,))
+
+  def make(rngs: nnx.Rngs, example: jax.ShapeDtypeStruct) -> _Orthogonal:
+    if len(example.shape) < 2:
+      raise ValueError(f"orthogonal_connector({path!r}) takes [batch, ..., features], got {tuple(example.shape)}")
+    return _Orthogonal(example.shape[-1], width, rngs)
 
   return from_nnx(make, inputs=path, with_example=True)
 
@@ -194,6 +233,16 @@ class _Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> Outputs:
     return {"output": self.linear(x)}
+
+
+class _Orthogonal(nnx.Module):
+  def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs) -> None:
+    size = max(inputs, outputs)
+    self.raw = nnx.Param(nnx.initializers.normal(size**-0.5)(rngs.params(), (size, size)))
+    self.inputs, self.outputs = inputs, outputs
+
+  def __call__(self, x: jax.Array) -> Outputs:
+    return {"output": x @ orthogonal_matrix(self.raw[...])[: self.inputs, : self.outputs].astype(x.dtype)}
 
 
 class _Sequence(nnx.Module):

@@ -20,6 +20,7 @@ from kdflax.coupling import (
   stacked_trace_norm,
   trace_norm_coupling,
 )
+from tests.compiled import compiled
 
 PENALTIES = (l2_coupling, trace_norm_coupling)
 
@@ -94,10 +95,11 @@ def test_l2_does_not_cancel_under_a_common_offset():
 
 def test_smoothing_and_method_reach_the_norm():
   tasks = make_tasks(3)
-  exact = trace_norm_coupling(tasks)
-  assert trace_norm_coupling(tasks, smoothing=1.0) < exact
-  np.testing.assert_allclose(trace_norm_coupling(tasks, method="newton_schulz"), exact, rtol=1e-5)
-  assert jax.grad(lambda mu: trace_norm_coupling(tasks, smoothing=mu))(0.5) < 0
+  norm = compiled(trace_norm_coupling)
+  exact = norm(tasks)
+  assert norm(tasks, smoothing=1.0) < exact
+  np.testing.assert_allclose(norm(tasks, method="newton_schulz"), exact, rtol=1e-5)
+  assert jax.jit(jax.grad(lambda mu: trace_norm_coupling(tasks, smoothing=mu)))(0.5) < 0
 
 
 def test_one_batched_call_for_each_shape():
@@ -111,7 +113,7 @@ def test_one_batched_call_for_each_shape():
 def test_bfloat16_parameters():
   tasks = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), make_tasks(3))
   for penalty in PENALTIES:
-    value, gradients = jax.value_and_grad(penalty)(tasks)
+    value, gradients = jax.jit(jax.value_and_grad(penalty))(tasks)
     assert value.dtype == jnp.float32
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(gradients))
     np.testing.assert_allclose(value, definition(penalty, tasks), rtol=1e-5)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from kdflax import losses
+from tests.compiled import compiled
 
 BATCH, NEGATIVES, ROWS, WIDTH = 4, 5, 9, 3
 HYPER = {"temperature": 0.3, "momentum": 0.6}
@@ -71,7 +72,7 @@ def test_first_normaliser_gets_no_gradient():
     student, teacher, indices, memory = jax.tree.map(jnp.asarray, make())
     total = lambda s, t, memory: losses.crd(s, t, indices, memory, **HYPER)[0].sum()
     gradients = jax.jit(jax.grad(total, argnums=(0, 1)))
-    _, after = losses.crd(student, teacher, indices, memory, **HYPER)
+    _, after = compiled(losses.crd)(student, teacher, indices, memory, **HYPER)
     later = memory._replace(student_norm=after.student_norm, teacher_norm=after.teacher_norm)
     for a, b in zip(gradients(student, teacher, memory), gradients(student, teacher, later), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-9)
@@ -82,7 +83,9 @@ def test_first_normaliser_gets_no_gradient():
 def test_last_occurrence_in_a_batch_is_remembered():
   student, teacher, indices, memory = make()
   indices[3, 0] = indices[0, 0]
-  _, after = losses.crd(*jax.tree.map(jnp.float32, (student, teacher)), indices, jax.tree.map(jnp.float32, memory))
+  _, after = jax.jit(losses.crd)(
+    *jax.tree.map(jnp.float32, (student, teacher)), indices, jax.tree.map(jnp.float32, memory)
+  )
   row = indices[0, 0]
   np.testing.assert_allclose(after.student[row], unit((memory.student[row] + student[3]) / 2), rtol=1e-5)
   np.testing.assert_allclose(after.teacher[row], unit((memory.teacher[row] + teacher[3]) / 2), rtol=1e-5)

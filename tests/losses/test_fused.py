@@ -12,9 +12,11 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from kdflax import losses
+from tests.compiled import Compiled
 from tests.losses import family_divergences
 from tests.losses.family_logits import log_softmax
 
+compiled_losses = Compiled(losses)
 BATCH, LENGTH, CLASSES, WIDTH, OTHER = 2, 5, 11, 3, 4
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "reverse_skew_kl", "total_variation")
 NUMBERS = {"temperature": 2.0, "student_soft_cap": 2.5, "teacher_soft_cap": 3.0}
@@ -184,14 +186,15 @@ def test_derivatives_match_finite_differences():
 def test_chunks_change_no_number_and_defaults_are_those_of_the_divergences():
   with jax.enable_x64(True):
     x = cast(arrays_of(), "float64")
-    whole = losses.fused_divergence(**x)
+    fused_divergence = compiled_losses.fused_divergence
+    whole = fused_divergence(**x)
     for chunk in (1, 10, 4, 1000):
-      assert_close(losses.fused_divergence(**x, chunk=chunk), whole)
+      assert_close(fused_divergence(**x, chunk=chunk), whole)
     for name in DIVERGENCES:
-      assert_close(losses.fused_divergence(**x, divergence=name), getattr(losses, name)(*sides_of(x, jnp)))
+      assert_close(fused_divergence(**x, divergence=name), getattr(compiled_losses, name)(*sides_of(x, jnp)))
     for end, name in ((0, "forward_kl"), (1.0, "reverse_kl")):
-      value = losses.fused_divergence(**x, divergence="jensen_shannon", beta=end)
-      assert_close(value, getattr(losses, name)(*sides_of(x, jnp)))
+      value = fused_divergence(**x, divergence="jensen_shannon", beta=end)
+      assert_close(value, getattr(compiled_losses, name)(*sides_of(x, jnp)))
 
 
 def computations_of(program):

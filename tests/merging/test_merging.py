@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdflax import merging
+from tests.compiled import compiled
 
 SHAPES = {"conv": {"bias": (4,), "kernel": (3, 3, 2, 4)}, "head": {"gain": (), "kernel": (8, 6)}}
 SIZE = 4 + 72 + 1 + 48
@@ -100,9 +101,10 @@ def test_ties_keeps_as_many_entries_as_it_says(kept):
   """Also where magnitudes are equal: half of them here are one number, and the first of them stay."""
   tree = jax.tree.map(lambda leaf: np.float32(np.where(leaf > 0, 1.0, leaf)), draw(1))
   zeros = jax.tree.map(np.zeros_like, tree)
-  got = flat(merging.ties(zeros, [tree], (kept + 0.5) / SIZE if kept < SIZE else 1.0, 1.0))
+  density = (kept + 0.5) / SIZE if kept < SIZE else 1.0
+  got = flat(compiled(merging.ties)(zeros, [tree], density, 1.0))
   assert np.count_nonzero(got) == kept
-  np.testing.assert_array_equal(got, ties_by_hand(zeros, [tree], (kept + 0.5) / SIZE if kept < SIZE else 1.0, 1.0))
+  np.testing.assert_array_equal(got, ties_by_hand(zeros, [tree], density, 1.0))
 
 
 def test_ties_keeps_nothing_where_the_sum_has_no_sign_and_lets_nan_through():
@@ -227,13 +229,14 @@ def test_sharded_leaves_stay_as_they_are(name):
 def test_merged_params_have_derivatives_by_scale_and_params(float64):
   tuned, weights = TUNED[:2], draw(9)
   score = lambda tree: sum(map(jnp.vdot, jax.tree.leaves(weights), jax.tree.leaves(tree)))
-  slope = jax.grad(lambda scale: score(merging.task_arithmetic(BASE, tuned, scale)))(jnp.array([0.2, 0.4]))
+  slope = jax.jit(jax.grad(lambda scale: score(merging.task_arithmetic(BASE, tuned, scale))))(jnp.array([0.2, 0.4]))
   np.testing.assert_allclose(slope, [flat(weights) @ (flat(tree) - flat(BASE)) for tree in tuned], rtol=1e-9)
-  moved = jax.grad(lambda tuned: score(merging.ties(BASE, tuned, 0.3, 2.0)))(tuned)
+  merged = jax.jit(lambda tuned: score(merging.ties(BASE, tuned, 0.3, 2.0)))
+  moved = jax.grad(merged)(tuned)
   entry = jax.tree.map(np.zeros_like, BASE)
   entry["head"]["kernel"][3, 3] = 1e-6
   nudged = [jax.tree.map(np.add, tuned[0], entry), tuned[1]]
-  change = score(merging.ties(BASE, nudged, 0.3, 2.0)) - score(merging.ties(BASE, tuned, 0.3, 2.0))
+  change = merged(nudged) - merged(tuned)
   np.testing.assert_allclose(moved[0]["head"]["kernel"][3, 3], change / 1e-6, rtol=1e-5, atol=1e-6)
 
 

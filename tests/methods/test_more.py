@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdflax import losses, methods
+from kdflax import losses, methods, models
 from kdflax.objectives import stopped_arguments
 from tests.methods.case import pair
 
@@ -46,6 +46,31 @@ def test_gram_anchoring_compares_cosines():
   student, teacher = RANDOM.normal(size=(2, 3, 2, 2, 5))
   grams = [unit(x.reshape(3, 4, 5)) @ unit(x.reshape(3, 4, 5)).transpose(0, 2, 1) for x in (student, teacher)]
   np.testing.assert_allclose(term.loss(student, teacher), np.square(grams[0] - grams[1]).mean((1, 2)), rtol=1e-5)
+
+
+def test_vkd_turns_the_student_and_compares_it_with_the_standardised_teacher():
+  method = methods.vkd(pair())
+  term, connector = method.terms["vkd"], method.models["vkd_connector"]
+  student = RANDOM.normal(size=(3, 4)).astype(np.float32)
+  params, state = connector.init(jax.random.key(0), student)
+  turned = np.asarray(connector.apply(params, state, student, train=True)[0]["output"])
+  width = turned.shape[1]
+  assert width > 4  # so inner products stay, and with them every length and angle
+  np.testing.assert_allclose(turned @ turned.T, student @ student.T, rtol=1e-5, atol=1e-5)
+  teacher = 3 + 2 * RANDOM.normal(size=(3, width))
+  standardised = (teacher - teacher.mean(1, keepdims=True)) / np.sqrt(teacher.var(1, keepdims=True) + 1e-5)
+  error = np.abs(turned - standardised)
+  expected = np.where(error < 1, error**2 / 2, error - 1 / 2).mean(1)
+  np.testing.assert_allclose(term.loss(turned, teacher.astype(np.float32)), expected, rtol=1e-5)
+
+
+def test_an_orthogonal_connector_to_fewer_features_has_orthonormal_columns():
+  connector = models.orthogonal_connector("student.embedding", 2)
+  params, state = connector.init(jax.random.key(1), np.zeros((1, 5), np.float32))
+  kernel = connector.apply(params, state, np.eye(5, dtype=np.float32), train=True)[0]["output"]
+  np.testing.assert_allclose(kernel.T @ kernel, np.eye(2), atol=1e-6)
+  with pytest.raises(ValueError, match=r"orthogonal_connector\('x'\) takes \[batch, \.\.\., features\], got \(5,\)"):
+    models.orthogonal_connector("x", 2).init(jax.random.key(0), np.zeros(5, np.float32))
 
 
 def test_the_queue_of_seed_holds_the_last_rows_with_those_of_the_batch():

@@ -1,5 +1,7 @@
 """Ensembles against their formulas, alone and inside a training step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,8 @@ WEIGHTS = np.array([0.5, 0.0, 1.5])
 
 def _run(model, *inputs, train=False, key=None):
   with jax.enable_x64(True):
-    outputs, state = model.apply({}, {}, tuple(map(jnp.asarray, inputs)), train=train, key=key)
+    apply = jax.jit(functools.partial(model.apply, train=train))
+    outputs, state = apply({}, {}, tuple(map(jnp.asarray, inputs)), key=key)
   assert state == {} and model.init(jax.random.key(0), None) == ({}, {})
   return jax.tree.map(np.asarray, outputs)
 
@@ -42,9 +45,9 @@ def test_weights_that_are_all_zero_at_a_step_are_equal(make, train):
   """A schedule that ran out: one_hot of a class that there is not is all zeros, whose shares would be NaN."""
   model = make(PATHS, weights=lambda step: jax.nn.one_hot(step // 3, 3))
   keys = jax.random.split(jax.random.key(0), 200)
-  at = lambda step: jax.vmap(
-    lambda key: model.apply({}, {}, (*LOGITS.astype(np.float32), jnp.int32(step)), train=train, key=key)[0]
-  )(keys)
+  drawn = lambda key, step: model.apply({}, {}, (*LOGITS.astype(np.float32), step), train=train, key=key)[0]
+  draw = jax.jit(jax.vmap(drawn, (0, None)))
+  at = lambda step: draw(keys, jnp.int32(step))
   np.testing.assert_array_equal(at(8)["weights"], np.broadcast_to([0.0, 0.0, 1.0], (200, 5, 3)))
   after = at(9)
   np.testing.assert_allclose(after["weights"].mean((0, 1)), np.full(3, 1 / 3), atol=0.06)
@@ -105,8 +108,8 @@ def test_gradient_through_the_confidence_weighted_mixture_is_that_of_the_papers_
   with jax.enable_x64(True):
     student, weights = jnp.asarray(LOGITS[0] - 1.0 * LOGITS[1]), _confidence(LOGITS, labels)
     kl = lambda s, t: losses.kl_soft_targets(s, jnp.asarray(t), temperature=4.0)
-    mixed = jax.grad(lambda s: kl(s, outputs["logits"]).mean())(student)
-    each = jax.grad(lambda s: sum((weights[:, k] * kl(s, LOGITS[k])).mean() for k in range(3)))(student)
+    mixed = jax.jit(jax.grad(lambda s: kl(s, outputs["logits"]).mean()))(student)
+    each = jax.jit(jax.grad(lambda s: sum((weights[:, k] * kl(s, LOGITS[k])).mean() for k in range(3))))(student)
   _close(np.asarray(mixed), np.asarray(each))
 
 
@@ -171,7 +174,7 @@ def test_gradients_are_finite_where_a_class_is_impossible(make):
     found = model.apply({}, {}, tuple(z), train=True, key=jax.random.key(0))[0]["logits"]
     return jnp.where(jnp.isfinite(found), found, 0).sum()
 
-  assert np.isfinite(jax.grad(value)(logits)).all()
+  assert np.isfinite(jax.jit(jax.grad(value))(logits)).all()
 
 
 @pytest.mark.parametrize(

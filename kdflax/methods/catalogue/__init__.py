@@ -35,6 +35,7 @@ SOURCES = {
   "a": "ABKD",
   "o": "OFA",
   "p": "WTTM",
+  "b": "the code of the authors of VkD",
   "q": "SEED",
   "u": "RLD",
   "w": "WKD",

@@ -42,6 +42,14 @@ ENTRIES: dict[str, Entry] = {
     setting="2e-5 times the sum over the map, 65 % hidden, for detectors",
     source="y",
   ),
+  "vkd": Entry(
+    "VkD",
+    losses.smooth_l1,
+    "embedding; connector that keeps angles",
+    features.vkd,
+    setting="1, on ImageNet for DeiT with distillation by logits beside it",
+    source="b",
+  ),
   "simkd": Entry(
     "SimKD",
     losses.hint,
