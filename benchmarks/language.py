@@ -1,13 +1,19 @@
 """Losses of vocabulary heads, fused, beside the peers: `python -m benchmarks.language`.
 
 Forward and backward with respect to the student's hidden states and head, in float32: 1,024 tokens, widths 512 and
-1,024, by default 32,768 classes. The floor is four matrix products of these sizes, measured in the same run. Extra
-memory is what a step needs at once beyond inputs and outputs, as the compiler plans it; PyTorch's, its gradients
-included, is the growth of a process's peak. The errors are those against float64, relative to the largest entry.
+1,024, by default 32,768 classes. The floor is four matrix products of these sizes, measured in the same run with both
+libraries; times are given in terms of JAX's. Extra memory is what a step needs at once beyond inputs and outputs, as
+the compiler plans it; PyTorch's, its gradients included, is the growth of a process's peak. The errors are those
+against float64, relative to the largest entry.
 
-Liger's loss is compiled by `torch.compile` as it comes, in chunks of 1,024 tokens (its default, here all) and of 256.
-TRL and EasyDeL have their divergence alone, in the chunks that they choose; EasyDeL's gradient of the head is that of
-its `[width, classes]` kernel. The second table is the extra memory of a step as the vocabulary grows, which is not run.
+Liger's loss is as it comes, compiled by `torch.compile`, in chunks of 1,024 tokens (its default, here all of them) and
+of 256; and not compiled. TRL and EasyDeL have their divergence alone, in the chunks that they choose. Whoever is not
+installed is left out. EasyDeL 0.3 asks for an older Flax and some fifty packages: it was put into a folder of its own
+(`pip install --no-deps --target DIR easydel eformer ejkernel ray ...`), which `PYTHONPATH=DIR` adds.
+
+All run with `GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648` if that is
+set where the script is started, as README.md advises. The second table is the extra memory of a step as the vocabulary
+grows, which is not run.
 """
 
 import argparse
@@ -103,8 +109,14 @@ def eager(hidden, head, teacher_hidden, teacher_head, labels):
   return (kl(log_p) + kl(log_q)) / 2 + F.cross_entropy(logits, labels)
 
 
-def liger_both(*arrays, chunk):
-  return liger(weight_hard_loss=1.0, weight_soft_loss=1.0, beta=0.5, chunk_size=chunk)(*arrays)
+def torch_products(hidden, head, teacher_hidden, teacher_head, slopes):
+  with torch.no_grad():
+    return products(hidden, head, teacher_hidden, teacher_head, slopes)
+
+
+def liger_both(*arrays, chunk, is_compiled):
+  options = {"weight_hard_loss": 1.0, "weight_soft_loss": 1.0, "beta": 0.5}
+  return liger(**options, chunk_size=chunk, compiled=is_compiled)(*arrays)
 
 
 def trl_jsd(hidden, head, teacher_hidden, teacher_head, labels):
@@ -161,9 +173,10 @@ def methods(tokens: int, classes: int, chunks: list[int]) -> dict[tuple[str, str
   if torch is not None:
     found[BOTH, "PyTorch, eager"] = of_torch(eager, tokens, classes)
   if liger is not None:
-    for chunk in (1024, 256):
-      function = functools.partial(liger_both, chunk=chunk)
-      found[BOTH, f"Liger, compiled, chunks of {chunk}"] = of_torch(function, tokens, classes)
+    for chunk, is_compiled in ((1024, True), (256, True), (1024, False)):
+      function = functools.partial(liger_both, chunk=chunk, is_compiled=is_compiled)
+      name = f"Liger{', compiled' if is_compiled else ''}, chunks of {chunk}"
+      found[BOTH, name] = of_torch(function, tokens, classes)
   if trl is not None:
     found[JSD, "TRL, tiles of 4,096 x 32,768"] = of_torch(trl_jsd, tokens, classes)
   return found
@@ -188,7 +201,10 @@ def measure(tokens: int, classes: int, chunks: list[int], repeats: int) -> list[
   whole = [*map(jnp.asarray, arrays[:4]), jnp.ones((tokens, classes), jnp.float32)]
   floor = jax.jit(products).lower(*whole).compile()
   found = methods(tokens, classes, chunks)
-  functions = {("", "four products"): lambda: jax.block_until_ready(floor(*whole))}
+  functions: dict[Any, Callable[[], Any]] = {("", "four products"): lambda: jax.block_until_ready(floor(*whole))}
+  if torch is not None:
+    tensors = [harness.tensor(np.asarray(x)) for x in whole]
+    functions["", "four products, PyTorch"] = lambda: torch_products(*tensors)
   functions |= {key: method.step for key, method in found.items()}
   times = harness.time_interleaved(functions, repeats=repeats)
   memory = {key: method.memory() for key, method in found.items()}

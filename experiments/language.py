@@ -95,9 +95,9 @@ class Config:
   """Width of the student, if it starts from scratch."""
   student_depth: int = 2
   """Layers of the student."""
-  teacher_steps: int = 600
+  teacher_steps: int = 400
   """Updates of the teacher."""
-  student_steps: int = 200
+  student_steps: int = 100
   """Updates of a student."""
   batch_size: int = 4
   """Rows in a batch."""
@@ -115,11 +115,11 @@ class Config:
   """Share of the rows of a batch that the student writes itself, in the second half of an on-policy training."""
   prompt: int = 32
   """Tokens of a row that stay when a model writes the rest."""
-  greedy_rows: int = 512
+  greedy_rows: int = 256
   """Rows that the teacher writes for the sequence-level method."""
   test_rows: int = 128
   """Rows of the test split that are scored; an eighth as many of the validation split on the way."""
-  save_every: int = 100
+  save_every: int = 50
   """Updates between checkpoints."""
   accept_changes: bool = False
   """Continue a run although its settings differ."""
