@@ -66,7 +66,7 @@ METHODS: dict[str, Method] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Devices):
   """Settings of the experiment; they are bound to the run directory."""
 
   run: str = "runs/language"
@@ -243,7 +243,9 @@ def train_teacher(session: phases.Session, splits: Any, pair: Pair) -> Any:
     return {"validation/bits per byte": score(params, phases.one_seed(params))["bits per byte"]}
 
   feed, keys = feed_of(splits["train"]), jax.random.split(jax.random.key(1), 1)
-  phase = phases.run(session, "teacher", program_of(learner), feed, config.teacher_steps, keys=keys, evaluate=evaluate)
+  phase = phases.run(
+    session, "teacher", program_of(session, learner), feed, config.teacher_steps, keys=keys, evaluate=evaluate
+  )
   return phases.one_seed(phase.state.params["student"])
 
 
@@ -253,26 +255,29 @@ def feed_of(rows: data.Arrays) -> phases.Feed:
   return phases.Feed(itertools.repeat(phases.on_device(arrays)))
 
 
-def program_of(learner: training.Learner, params: Any = None) -> phases.Program:
+def program_of(session: phases.Session, learner: training.Learner, params: Any = None) -> phases.Program:
   """Trains the seeds one after another in each step: a CPU multiplies one large matrix better than several.
 
   Args:
+    session: of the run.
     learner: of one seed.
     params: of a checkpoint that all seeds start from.
   """
-  mesh = training.make_mesh()
 
   def init(keys, rows, *frozen):
-    state = jax.vmap(learner.init, (0, *(None for _ in (rows, *frozen))))(keys, rows, *frozen)
-    if params is not None:
-      start = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(keys)), params)
-      state = state._replace(params=state.params | {"student": start})
-    return jax.device_put(state, training.replicated(mesh))
+    return jax.vmap(learner.init, (0, *(None for _ in (rows, *frozen))))(keys, rows, *frozen)
 
   def step(states, rows, *frozen):
     return jax.lax.map(lambda state: learner.step(state, rows, *frozen), states)
 
-  return phases.Program(init, training.make_train_step(training.Learner(init, step), mesh=mesh))
+  def init_from(*arguments):
+    state = program.init(*arguments)
+    place = lambda leaf, like: jax.device_put(jnp.broadcast_to(leaf, like.shape), like.sharding)
+    start = jax.tree.map(place, params, state.params["student"])
+    return state._replace(params=state.params | {"student": start})
+
+  program = phases.program(training.Learner(init, step, learner.follows), session.config.layout(leading=1))
+  return program if params is None else program._replace(init=init_from)
 
 
 class Trained(NamedTuple):
@@ -306,7 +311,7 @@ def train_student(session: phases.Session, splits: Any, pair: Pair, teacher: Any
   def evaluate(state):
     return {f"validation/{metric}": values for metric, values in score(state.params["student"], teacher).items()}
 
-  program, phase_name = program_of(learner, pair.student_params), f"students, {name}"
+  program, phase_name = program_of(session, learner, pair.student_params), f"students, {name}"
   phase = phases.run(
     session, phase_name, program, feed_of(rows), config.student_steps, frozen=frozen, evaluate=evaluate
   )
@@ -350,7 +355,8 @@ def on_policy(config: Config, student: Language, learner: training.Learner, end:
   def init(key, rows, frozen):
     return learner.init(key, {name: value[: config.batch_size] for name, value in rows.items()}, frozen)
 
-  return training.Learner(init, lambda state, rows, frozen: learner.step(state, batch_of(state, rows), frozen))
+  step = lambda state, rows, frozen: learner.step(state, batch_of(state, rows), frozen)
+  return training.Learner(init, step, learner.follows)
 
 
 def greedy_text(session: phases.Session, rows: data.Arrays, teacher: Language, params: Any, end: int) -> data.Arrays:
