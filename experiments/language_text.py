@@ -24,7 +24,7 @@ class Language(NamedTuple):
 
   def head_path(self, name: str) -> str:
     """The context path of the head of the model of this name."""
-    return f"params.{name}.{'embedding' if self.config.tied else 'head'}"
+    return f"params.{name}.{self.config.head_name}"
 
 
 def language(config: models.DecoderConfig) -> Language:
