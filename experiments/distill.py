@@ -17,13 +17,14 @@ Killed at any moment, the same command continues it and ends with the same bits.
 import dataclasses
 import functools
 import itertools
+import sys
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from experiments import common, networks, phases, pictures
+from experiments import common, networks, own, phases, pictures
 from kdflax import data, losses, models, teachers, training
 from kdflax.data.glyphs import CHARACTERS
 from kdflax.objectives import Term
@@ -345,4 +346,7 @@ def softmax_of_seed(split: Any, teacher: Trained, students: dict[tuple[int, Any]
 
 
 if __name__ == "__main__":
-  common.run_command_line(main, Config)
+  if own.asked(sys.argv[1:]):
+    common.run_command_line(own.main, own.Config)
+  else:
+    common.run_command_line(main, Config)

@@ -33,6 +33,7 @@ Killed at any moment, the same command continues it and ends with the same bits.
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments import common, fuse_report, phases
+from experiments import common, fuse_report, own, phases
 from experiments.balancers import BALANCERS, NEED_THREE_TASKS
 from experiments.networks import check_dataset, embedding_width, forwarded, network, read, standardized, tasks_of
 from kdflax import data, losses, models, teachers, training
@@ -328,4 +329,7 @@ def validation(config: Config, student: models.Model, splits: Any) -> Any:
 
 
 if __name__ == "__main__":
-  common.run_command_line(main, Config)
+  if own.asked(sys.argv[1:]):
+    common.run_command_line(own.main, own.Config)
+  else:
+    common.run_command_line(main, Config)

@@ -9,7 +9,7 @@ from kdflax.teachers.ensembles import (
   random_teacher,
   subset_teachers,
 )
-from kdflax.teachers.external import External, from_onnx, from_torch, image_input, live
+from kdflax.teachers.external import External, from_onnx, from_torch, image_input, live, onnx_inputs
 from kdflax.teachers.recording import record_from
 from kdflax.teachers.standardization import fusion_weights, phi_s, standardize, teacher_dropping
 from kdflax.teachers.store import (
@@ -38,6 +38,7 @@ __all__ = [
   "label_map",
   "live",
   "load_variables",
+  "onnx_inputs",
   "open_record",
   "open_records",
   "phi_s",

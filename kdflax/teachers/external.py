@@ -126,24 +126,15 @@ def from_onnx(
     ValueError: it is no ONNX file, or has no such input or output, and what it has; when called, if an input has
       another shape or type.
   """
-  with extra("onnx", "an ONNX teacher"):
-    import onnxruntime  # pyright: ignore[reportMissingImports]
   path = pathlib.Path(path)
   content = path.read_bytes()
-  options = onnxruntime.SessionOptions()
-  options.intra_op_num_threads = threads
-  options.log_severity_level = 3  # errors: warnings of its optimizer say nothing to a user
-  start = lambda graph: onnxruntime.InferenceSession(graph, options, providers=providers or ["CPUExecutionProvider"])
-  try:
-    session = start(str(path))
-  except Exception as error:  # of classes that ONNX Runtime does not export
-    raise ValueError(f"{path} is no ONNX file that ONNX Runtime {onnxruntime.__version__} reads: {error}") from error
+  session = _session(path, None, providers, threads)
   of_graph = [output.name for output in session.get_outputs()]
   if outputs is None:
     outputs = {"logits": of_graph[0]} if len(of_graph) == 1 else {_as_name(name): name for name in of_graph}
   inside = [tensor for tensor in outputs.values() if tensor not in of_graph]
   if inside:
-    session = start(_with_outputs(path, inside))
+    session = _session(path, _with_outputs(path, inside), providers, threads)
   wanted, paths = list(outputs.values()), list(outputs)
   arguments = {node.name: node for node in session.get_inputs()}
   inputs = _inputs_of(path, list(arguments), inputs)
@@ -152,11 +143,26 @@ def from_onnx(
     feed = {name: _made(where, batch) for name, where in inputs.items()}
     for name, array in feed.items():
       feed[name] = _checked(path, arguments[name], array)
-    said = _in_pieces(lambda part: session.run(wanted, part), feed, arguments)
+    said = _in_pieces(lambda part: list(session.run(wanted, part)), feed, arguments)
     return nest_names(dict(zip(paths, said, strict=True)), ".")
 
   source = {"onnx": path.name, "sha256": hashlib.sha256(content).hexdigest(), "outputs": dict(outputs)}
   return External(function, source, _reads(inputs))
+
+
+def onnx_inputs(path: str | pathlib.Path) -> dict[str, tuple[str, list[int | None]]]:
+  """What an ONNX file takes: type and shape of each input by name, None for an axis that is open.
+
+  Args:
+    path: the file.
+
+  Raises:
+    ImportError: onnxruntime is missing.
+    ValueError: it is no ONNX file.
+  """
+  session = _session(pathlib.Path(path))
+  shape = lambda node: [n if isinstance(n, int) else None for n in node.shape]
+  return {node.name: (_dtype_of(node), shape(node)) for node in session.get_inputs()}
 
 
 def from_torch(
@@ -257,10 +263,33 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     )
   with extra("images", "resizing images"):
     from PIL import Image
+  flat = lambda pixels: pixels[..., 0] if pixels.shape[-1] == 1 else pixels
   of_one = lambda pixels: np.asarray(
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).resize(size[::-1], Image.Resampling.BILINEAR)
+    Image.fromarray(flat(pixels)).resize((size[1], size[0]), Image.Resampling.BILINEAR)
   )
   return np.stack([of_one(pixels).reshape(*size, image.shape[-1]) for pixels in image])
+
+
+def _session(
+  path: pathlib.Path, graph: bytes | None = None, providers: Sequence[Any] | None = None, threads: int = 0
+) -> Any:
+  """ONNX Runtime with a file, or with what became of its graph."""
+  with extra("onnx", "an ONNX teacher"):
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+  path.stat()  # a file that is missing is named by the system
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = threads
+  options.log_severity_level = 3  # errors: warnings of its optimizer say nothing to a user
+  try:
+    return onnxruntime.InferenceSession(graph or str(path), options, providers=providers or ["CPUExecutionProvider"])
+  except Exception as error:  # of classes that ONNX Runtime does not export
+    raise ValueError(f"{path} is no ONNX file that ONNX Runtime {onnxruntime.__version__} reads: {error}") from error
+
+
+def _dtype_of(argument: Any) -> str:
+  """The name in NumPy of the type of an input."""
+  kind = str(argument.type).removeprefix("tensor(").removesuffix(")")
+  return _KINDS.get(kind) or kind
 
 
 def _with_outputs(path: pathlib.Path, tensors: Sequence[str]) -> bytes:
@@ -299,8 +328,7 @@ def _made(where: str | Prepare, batch: Mapping[str, Any]) -> np.ndarray:
 
 
 def _checked(path: pathlib.Path, argument: Any, array: np.ndarray) -> np.ndarray:
-  kind = argument.type.removeprefix("tensor(").removesuffix(")")
-  expected = np.dtype(_KINDS.get(kind, kind if kind != "string" else "O"))
+  expected = np.dtype(_dtype_of(argument).replace("string", "O"))
   shape = [n if isinstance(n, int) else None for n in argument.shape]
   fits = array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape[1:], array.shape[1:], strict=True))
   same_kind = array.dtype == expected or (array.dtype.kind in "iu" and expected.kind in "iu")

@@ -152,6 +152,10 @@ def test_a_batch_that_does_not_fit_is_named(file, batch, message):
     teachers.from_onnx(file)(batch)
 
 
+def test_a_file_says_what_it_takes(file):
+  assert teachers.onnx_inputs(file) == {"pixels": ("float32", [None, 1, 4, 4])}
+
+
 def test_another_file_is_refused(tmp_path):
   (tmp_path / "noise.onnx").write_bytes(b"noise")
   with pytest.raises(ValueError, match=r"noise\.onnx is no ONNX file that ONNX Runtime .* reads"):
