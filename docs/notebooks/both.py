@@ -108,7 +108,7 @@ for offset, task in ((-0.2, "digit"), (0.2, "odd")):
   axis.bar_label(bars, fmt="%.1f")
   axis.axhline(100 * accuracy(said[task]["logits"], task), ls=":", color=bars[0].get_facecolor())
 axis.set(xticks=range(len(found)), xticklabels=list(found), ylim=(60, 104), ylabel="test accuracy (%)")
-axis.legend(title="task (dotted: its teacher)", loc="lower right")
+axis.legend(title="task\n(dotted: its teacher)", loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
@@ -141,7 +141,7 @@ figure, axis = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
 drawn = axis.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
 for i, row in enumerate(cosines):
   for j, value in enumerate(row):
-    axis.text(j, i, f"{value:.2f}", ha="center", va="center")
+    axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
 axis.set(xticks=range(4), yticks=range(4), yticklabels=names)
 axis.set_xticklabels(names, rotation=30)
 figure.colorbar(drawn, label="cosine")

@@ -112,11 +112,11 @@ weightings = {
 figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
 for gradient, name in zip(gradients, ("gradient of task 1", "gradient of task 2"), strict=True):
   axis.annotate("", gradient, (0, 0), arrowprops={"arrowstyle": "-|>", "lw": 2, "color": "black"})
-  axis.text(*gradient, name)
+  axis.text(*(gradient + 0.05), name, ha="right" if gradient[0] > 0 else "left")
 for i, (name, weighting) in enumerate(weightings.items()):
   direction = weighting(balancing.gramian(gradients)) @ gradients
   axis.plot([0, direction[0]], [0, direction[1]], color=f"C{i}", label=name)
-axis.set(xlim=(-1.2, 3.8), ylim=(-0.1, 1.2))
+axis.set(xlim=(-1.2, 3.8), ylim=(-0.1, 1.6))
 axis.legend()
 plt.show()
 
