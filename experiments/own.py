@@ -270,7 +270,7 @@ def _leave(session: phases.Session, work: Work, own: own_data.Own, student: mode
   example: Any = {"image": work.splits["test"]["image"][:8]}
   export.export_model(directory, student, variables, example, outputs=outputs)
   found: Any = export.load_exported(directory)(example)
-  expected, _ = student.apply(*variables, example, train=False, key=None)
+  expected, _ = student.apply(variables[0], variables[1], example, train=False, key=None)
   for task in work.classes:
     np.testing.assert_allclose(found[f"logits.{task}"], expected["logits"][task], rtol=1e-3, atol=1e-3)
   facts = {"classes": own.classes if _learns_labels(work) else None, "image": list(example["image"].shape[1:])}
