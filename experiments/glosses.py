@@ -64,7 +64,7 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(common.Devices):
   """Settings of the experiment; they are bound to the run directory."""
 
   run: str = "runs/glosses"
