@@ -24,7 +24,7 @@ def splits():
 @pytest.mark.xdist_group("glosses")
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(monkeypatch, whole_and_stopped):
   monkeypatch.setattr(glosses.Config, "checked", lambda config: config)
-  message = "60 labels bag lexicographer, soft targets stopped at step 2 of 4"
+  message = "60 labels bag lexicographer, soft targets stopped at step 3 of 4"
   run, first, second = whole_and_stopped(glosses.main, TINY, 6, message)
   for result in (*first, *second):
     result.pop("seconds", None)
