@@ -283,7 +283,8 @@ def ranking(directory: pathlib.Path, results: Sequence[Mapping[str, Any]], teach
 def sweeps(directory: pathlib.Path, scores: Mapping[str, Sequence[Mapping[str, float]]], baseline: str) -> None:
   """Draws validation accuracy against the weight, a panel for each method; `sweeps.png`.
 
-  A line for each temperature and learning rate; the best that the baseline reaches at any rate is dashed.
+  A line for each temperature and learning rate; the best that the baseline reaches at any rate is dashed. What is far
+  below it is cut off.
 
   Args:
     directory: of the picture.
@@ -295,6 +296,9 @@ def sweeps(directory: pathlib.Path, scores: Mapping[str, Sequence[Mapping[str, f
   lines = -(-len(methods) // columns)
   figure, panels = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.6 * lines), squeeze=False, sharey=True)
   rates = sorted({row["rate"] for rows in scores.values() for row in rows})
+  reached = 100 * max(row["accuracy"] for row in scores[baseline])
+  highest = 100 * max(row["accuracy"] for rows in scores.values() for row in rows)
+  panels[0][0].set_ylim(reached - 6, highest + 0.5)
   for panel in panels.flat[len(methods) :]:
     panel.set_axis_off()
   for panel, method in zip(panels.flat, methods, strict=False):
@@ -305,7 +309,7 @@ def sweeps(directory: pathlib.Path, scores: Mapping[str, Sequence[Mapping[str, f
     for (temperature, rate), points in curves.items():
       style = "-" if temperature == coldest else ":"
       panel.semilogx(*zip(*points, strict=True), style, color=f"C{rates.index(rate)}", marker=".")
-    panel.axhline(100 * max(row["accuracy"] for row in scores[baseline]), color="black", linestyle="--", linewidth=0.8)
+    panel.axhline(reached, color="black", linestyle="--", linewidth=0.8)
     panel.set_title(method, fontsize=9)
   for rate in rates:
     panels[0][0].plot([], [], color=f"C{rates.index(rate)}", label=f"rate {rate:g}")
