@@ -5,14 +5,13 @@ The table of the run `distill` and the first rows of `fuse` stand in README.md a
 """
 
 import pathlib
-import re
 import shutil
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 MARK, END = "<!-- results of {}: written by `python -m docs.keep_results` -->", "<!-- end of results -->"
 IN_README = {"distill": "make distill", "fuse": "experiments.fuse"}  # run: what its place in the README is called
-_BALANCED = re.compile(r"^\| composite ")  # rows too many for the README
+_LEFT_OUT = ("NLL", "bytes", "seconds", "µs")  # columns that begin so: for the page of the run, too much for the README
 
 
 def main(run: pathlib.Path) -> None:
@@ -32,11 +31,14 @@ def main(run: pathlib.Path) -> None:
 
 
 def write_into_readme(name: str, table: str) -> None:
-  """Puts a table in its place in README.md, without the rows of single balancers."""
+  """Puts a table in its place in README.md, without the rows of single balancers and without some columns."""
   readme, mark = ROOT / "README.md", MARK.format(name)
   before, rest = readme.read_text().split(mark)
-  kept = "\n".join(line for line in table.splitlines() if not _BALANCED.match(line) or line.startswith("| composite |"))
-  readme.write_text(f"{before}{mark}\n\n{kept}\n\n{END}{rest.split(END, 1)[1]}")
+  rows = [line.split("|")[1:-1] for line in table.strip().splitlines()]
+  shown = [index for index, title in enumerate(rows[0]) if not title.strip().startswith(_LEFT_OUT)]
+  kept = [row for row in rows if not row[0].startswith(" composite ") or row[0] == " composite "]
+  lines = ["|" + "|".join(row[index] for index in shown) + "|" for row in kept]
+  readme.write_text(f"{before}{mark}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END, 1)[1]}")
 
 
 if __name__ == "__main__":
