@@ -117,7 +117,7 @@ def evaluate(
   for name, term in terms.items():
     mean = functools.partial(_weighted_mean, term, step, axis_name)
     try:
-      values[name], metrics[name] = (_guarded(mean, axis_name) if guard else mean)(_part_read(term, context))
+      values[name], metrics[name] = (_guarded(mean, axis_name) if guard else mean)(read_by({name: term}, context))
     except (ValueError, TypeError, AssertionError) as error:
       error.add_note(f"in term {name!r}")
       raise
@@ -203,11 +203,15 @@ def _guarded(mean: Callable[[Context], Any], axis_name: AxisName) -> Callable[[C
   return split_and_guarded
 
 
-def _part_read(term: Term, context: Context) -> Any:
-  """The part of a context that a Term reads."""
-  paths = [source for source in term.inputs.values() if isinstance(source, str)]
+def read_by(terms: Mapping[str, Term], context: Context) -> dict[str, Any]:
+  """Returns the part of a context that Terms read.
+
+  Raises:
+    ValueError: if a path does not exist, with what exists there.
+  """
+  paths = {source for term in terms.values() for source in term.inputs.values() if isinstance(source, str)}
   for path in paths:
-    lookup(context, path)  # says what there is, where a path does not exist
+    lookup(context, path)
   return _below(context, [path.split(".") for path in paths])
 
 

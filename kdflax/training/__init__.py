@@ -4,6 +4,7 @@ from kdflax.files import DiskFull, digest, write_atomically
 from kdflax.model import named_key
 from kdflax.training import metrics
 from kdflax.training.checkpoints import Checkpoints, read_checkpoint
+from kdflax.training.compiled import init_state, make_train_step
 from kdflax.training.evaluation import apply_models, evaluate_dataset, make_eval_step, predict
 from kdflax.training.finite import Diverged
 from kdflax.training.guard import (
@@ -15,7 +16,7 @@ from kdflax.training.guard import (
   stop_on_sigterm,
   use_compile_cache,
 )
-from kdflax.training.learner import Learner, init_state, learner, make_learner, make_train_step
+from kdflax.training.learner import Learner, learner, make_learner
 from kdflax.training.loop import Evaluation, Logging, Saving, fit
 from kdflax.training.mesh import make_mesh, replicated
 from kdflax.training.run import MetricsLog, RunDirectory, RunDirectoryError

@@ -71,15 +71,15 @@ def check_batch_size(batch_size: int | None, hold_gradients: bool) -> None:
     )
 
 
-def check_parts(accumulate: int, terms: Mapping[str, Term]) -> None:
+def check_parts(accumulate: int, cache_outputs: bool, terms: Mapping[str, Term]) -> None:
   """Refuses to split a batch whose examples are compared."""
   if accumulate < 1:
     raise ValueError(f"accumulate must be at least 1, the number of parts of a batch; got {accumulate}")
   compared = [name for name, term in terms.items() if compares_examples(term)]
-  if accumulate > 1 and compared:
+  if accumulate > 1 and compared and not cache_outputs:
     raise ValueError(
       f"terms {compared} compare the examples of a batch, so accumulate={accumulate} parts would not give its value;"
-      " leave accumulate at 1 or those terms out"
+      " give cache_outputs=True, which keeps what models say of all parts, leave accumulate at 1 or those terms out"
     )
 
 
@@ -168,7 +168,7 @@ def check_accumulates(
     named = ", ".join(f"{what} {names}" for what, names in wrong.items())
     raise ValueError(
       f"{_ACCUMULATING[type(found[0])]} gives another update than the large batch does, for {named}; give the step the"
-      " large batch, and make_learner the optimizer without it and accumulate=n (relations need all examples at once)"
+      " large batch, and make_learner the optimizer without it and accumulate=n (relations: cache_outputs=True)"
     )
 
 

@@ -8,19 +8,16 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from kdflax import balancing
 from kdflax.model import Model, PyTree, Variables, named_key
 from kdflax.numerics.examples import AxisName
 from kdflax.numerics.trees import merge, partition
-from kdflax.objectives import Metrics, Term, at, evaluate
+from kdflax.objectives import Metrics, Term, at, evaluate, read_by
 from kdflax.training import checks
 from kdflax.training.forward import init_models, run_fixed, run_trained, start_context
-from kdflax.training.mesh import replicated
-from kdflax.training.metrics import added_up
-from kdflax.training.passes import Passes, Rows, pass_in_parts, pass_whole, split_batch
-from kdflax.training.sharding import Layout, laid_out, pin_batch, pin_gradient, pin_state
+from kdflax.training.passes import Passes, Rows, pass_cached, pass_in_parts, pass_whole, split_batch
+from kdflax.training.sharding import pin_batch, pin_gradient
 from kdflax.training.state import Average, Penalty, TrainState
 from kdflax.training.update import followed, follower, over_devices, penalize, unless_spoilt, widened
 
@@ -62,6 +59,7 @@ class _Program(NamedTuple):
   hold_gradients: bool
   skip_not_finite: bool
   accumulate: int
+  cache_outputs: bool
   sample: Sample | None
   axis_name: AxisName
 
@@ -81,6 +79,7 @@ def make_learner(
   hold_gradients: bool = True,
   skip_not_finite: bool = False,
   accumulate: int = 1,
+  cache_outputs: bool = False,
   sample: Sample | None = None,
   axis_name: AxisName = None,
 ) -> Learner:
@@ -125,9 +124,12 @@ def make_learner(
       number of steps moves. The metric `skipped` is 1 then, and the others do not count that step.
     accumulate: in how many equal parts a step works through its batch, by the first axis, with the memory of one part.
       The update is that of the whole batch for every Term that is a mean over examples or tokens, whichever the
-      balancer; averages, schedules and the number of steps move once. Losses that compare examples are refused. What a
-      model does to a batch it does to each part: BatchNorm normalises by the statistics of the part, and its running
-      statistics move with every part, one after another.
+      balancer; averages, schedules and the number of steps move once. Losses that compare examples are refused, unless
+      outputs are cached. What a model does to a batch it does to each part: BatchNorm normalises by the statistics of
+      the part, and its running statistics move with every part, one after another.
+    cache_outputs: whether a step in parts keeps what the Terms read of each model's outputs, and evaluates them on all
+      of it: then every loss has the value and the gradient of the whole batch, those that compare examples as well. It
+      costs one more pass forward, and the memory of those outputs (embeddings are small, feature maps are not).
     sample: `(data, key, step) -> batch`, to draw batches from arrays that stay on the device.
     axis_name: mapped axis when the step runs inside `pmap` or `shard_map`; gradients and floating-point statistics are
       then averaged over it, while counters and other integers stay each device's own. None under plain `jit`, on a mesh
@@ -147,7 +149,7 @@ def make_learner(
       a batch does not split into equal parts, or a step is given other frozen models than `init` was.
   """
   checks.check_batch_size(batch_size, hold_gradients)
-  checks.check_parts(accumulate, terms)
+  checks.check_parts(accumulate, cache_outputs, terms)
   program = _Program(
     checks.checked_models(models),
     dict(terms),
@@ -162,6 +164,7 @@ def make_learner(
     hold_gradients,
     skip_not_finite,
     accumulate,
+    cache_outputs,
     sample,
     axis_name,
   )
@@ -264,6 +267,9 @@ def _passes(program: _Program, state: TrainState, batch: PyTree, frozen: Variabl
   params = partition(state.params, program.shared, name="shared")
   if program.accumulate == 1:
     return pass_whole(run, rows, params, state.model_state, batch, key)
+  if program.cache_outputs:
+    say, judge = (functools.partial(function, program, state, frozen) for function in (_say, _judge))
+    return pass_cached(say, judge, rows, params, state.model_state, batch, key, parts=program.accumulate)
   balanced = program.balancer is not None
   return pass_in_parts(run, rows, params, state.model_state, batch, key, parts=program.accumulate, balanced=balanced)
 
@@ -278,12 +284,54 @@ def _run(
   key: jax.Array,
 ) -> tuple[dict[str, jax.Array], Metrics, dict[str, PyTree]]:
   """Runs all models on a batch; returns the value of each Term, the metrics, and the next states of the models."""
-  followers = {name: follower(state, average.source, name) for name, average in program.averages.items()}
-  fixed = run_fixed(program.models, _fixed(program, frozen), {**frozen, **followers}, start_context(batch, state.step))
-  seen, moved = run_trained(program.models, params, states, jax.lax.stop_gradient(fixed), key)
+  seen, moved = _see(program, state, frozen, params, states, batch, key)
+  return *_evaluate(program, state, seen), moved
+
+
+def _see(
+  program: _Program,
+  state: TrainState,
+  frozen: Variables,
+  params: dict[str, PyTree],
+  states: dict[str, PyTree],
+  batch: PyTree,
+  key: jax.Array,
+) -> tuple[dict[str, Any], dict[str, PyTree]]:
+  """The context of a batch in training mode, and the next states of the models."""
+  names, given = _fixed(program, frozen), {**frozen, **_followers(program, state)}
+  fixed = run_fixed(program.models, names, given, start_context(batch, state.step))
+  return run_trained(program.models, params, states, jax.lax.stop_gradient(fixed), key)
+
+
+def _say(program: _Program, *arguments: Any) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """What Terms read of the outputs of each model, and the next states; takes what `_see` does."""
+  seen, moved = _see(program, *arguments)
+  return {name: part for name, part in read_by(program.terms, seen).items() if name in program.models}, moved
+
+
+def _judge(
+  program: _Program,
+  state: TrainState,
+  frozen: Variables,
+  params: dict[str, PyTree],
+  said: dict[str, PyTree],
+  batch: PyTree,
+) -> tuple[dict[str, jax.Array], Metrics]:
+  """Evaluates all Terms on what models said of a batch."""
+  still = {name: variables[0] for name, variables in {**frozen, **_followers(program, state)}.items()}
+  return _evaluate(
+    program, state, start_context(batch, state.step) | said | {"params": jax.lax.stop_gradient(still) | params}
+  )
+
+
+def _evaluate(program: _Program, state: TrainState, context: Any) -> tuple[dict[str, jax.Array], Metrics]:
   guard = program.balancer is not None
-  values, metrics = evaluate(program.terms, seen, state.step, axis_name=program.axis_name, guard=guard)
-  return values, metrics, moved
+  return evaluate(program.terms, context, state.step, axis_name=program.axis_name, guard=guard)
+
+
+def _followers(program: _Program, state: TrainState) -> dict[str, tuple[PyTree, PyTree]]:
+  """(params, state) of the averages."""
+  return {name: follower(state, average.source, name) for name, average in program.averages.items()}
 
 
 def _losses(program: _Program, values: Mapping[str, jax.Array]) -> jax.Array:
@@ -306,66 +354,3 @@ def _row_metrics(program: _Program, update: balancing.RowsUpdate) -> Metrics:
     if values is not None
     for row, value in zip(program.rows, values, strict=True)
   }
-
-
-def init_state(
-  learner: Learner, key: jax.Array, data: PyTree, frozen: Variables | None = None, *, layout: Layout
-) -> TrainState:
-  """Makes the state that training starts from under a layout: each device draws its own part, and none holds all.
-
-  Args:
-    learner: the program.
-    key: as of `learner.init`, as are `data` and `frozen`; the values are those that it makes.
-    data: a batch, or what the learner samples from.
-    frozen: (params, state) of the models that are not trained, see `place_frozen`.
-    layout: where everything goes.
-
-  Returns:
-    The state, for `make_train_step(learner, layout=layout)`.
-
-  Raises:
-    ValueError: as `learner.init` does, or if a rule does not fit.
-  """
-
-  def init(key: jax.Array, data: PyTree, *frozen: Variables) -> TrainState:
-    return pin_state(learner.init(key, data, *frozen), layout, learner.follows)
-
-  return jax.jit(init)(key, data, *(() if frozen is None else (frozen,)))
-
-
-def make_train_step(
-  learner: Learner, *, mesh: Mesh | None = None, layout: Layout | None = None, steps_per_call: int = 1
-) -> Callable[..., tuple[TrainState, Metrics]]:
-  """Compiles a learner's step: one jitted function that donates the state it is given.
-
-  Args:
-    learner: the program; a vmapped step (several seeds) is welcome.
-    mesh: devices to run on. The state comes back replicated; batches keep the sharding they have (`place_batch`).
-    layout: what is sharded how, in place of a mesh, for a state of `init_state`. The state comes back as it came, a
-      batch is spread over the devices wherever it comes from, and gradients lie where their params do.
-    steps_per_call: updates in one dispatch, by `lax.scan` over the same data; needs a learner that samples. Pays on an
-      accelerator; on a CPU with convolutions it costs.
-
-  Returns:
-    `step(state, data, frozen=None) -> (state, metrics)`, the metrics added up over the updates of the call.
-
-  Raises:
-    ValueError: if there are both a mesh and a layout.
-  """
-  if mesh is not None and layout is not None:
-    raise ValueError("a layout has a mesh already; give make_train_step one of mesh and layout")
-
-  def step(state: TrainState, data: PyTree, *frozen: Variables | None) -> tuple[TrainState, Metrics]:
-    if layout is None:
-      return learner.step(state, data, *frozen)
-    with laid_out(layout):
-      state, metrics = learner.step(state, data, *frozen)
-    return pin_state(state, layout, learner.follows), jax.lax.with_sharding_constraint(metrics, replicated(layout.mesh))
-
-  def call(state: TrainState, data: PyTree, *frozen: Variables | None) -> tuple[TrainState, Metrics]:
-    if steps_per_call == 1:
-      return step(state, data, *frozen)
-    state, metrics = jax.lax.scan(lambda s, _: step(s, data, *frozen), state, length=steps_per_call)
-    return state, added_up(metrics)
-
-  return jax.jit(call, donate_argnums=0, out_shardings=None if mesh is None else replicated(mesh))

@@ -1,11 +1,12 @@
 """Forward and back through an objective: with the whole batch at once, or with one part of it after another.
 
 In parts, sums and counts are added before anything is divided, so that every mean over examples or tokens, its gradient
-and what a balancer makes of it are those of the large batch.
+and what a balancer makes of it are those of the large batch. Losses that compare examples need to see them all: then
+what models say of each part is kept, and the Terms are evaluated on all of it.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,20 @@ class Run(Protocol):
   def __call__(
     self, params: PyTree, states: PyTree, batch: PyTree, key: jax.Array, /
   ) -> tuple[Values, Metrics, PyTree]: ...
+
+
+class Say(Protocol):
+  """`(params, states of the models, batch, key) -> (what Terms read of each model, next states)`."""
+
+  def __call__(
+    self, params: PyTree, states: PyTree, batch: PyTree, key: jax.Array, /
+  ) -> tuple[dict[str, PyTree], PyTree]: ...
+
+
+class Judge(Protocol):
+  """`(params, what models say, batch) -> (weighted mean of each Term, metrics)`."""
+
+  def __call__(self, params: PyTree, said: dict[str, PyTree], batch: PyTree, /) -> tuple[Values, Metrics]: ...
 
 
 class Rows(NamedTuple):
@@ -96,6 +111,91 @@ def pass_in_parts(
   return Passes(losses, lambda weights: gradient, present, moved, metrics)
 
 
+def pass_cached(
+  say: Say,
+  judge: Judge,
+  rows: Rows,
+  params: Gradient,
+  states: PyTree,
+  batch: PyTree,
+  key: jax.Array,
+  *,
+  parts: int,
+) -> Passes:
+  """Goes through a batch in equal parts and evaluates the Terms on what models said of all of it.
+
+  The first pass keeps what Terms read, `lax.scan` part by part; then the Terms say what they make of the whole and how
+  it moves with each output; the second pass takes that back through the models, part by part. So the losses and their
+  gradients are those of the large batch, whatever they compare.
+
+  Args:
+    say: the models.
+    judge: the Terms.
+    rows: what a balancer sees of the Terms.
+    params: (shared, own).
+    states: of the models.
+    batch: the large batch.
+    key: each part gets one of its own, the same in both passes.
+    parts: how many.
+
+  Reference: Luyu Gao, Yunyi Zhang, Jiawei Han and Jamie Callan, "Scaling Deep Contrastive Learning Batch Size under
+  Memory Limited Setup", 2021, arXiv 2101.06983. Theirs keeps embeddings; here whatever the Terms read.
+  """
+  keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
+  work = (split_batch(batch, parts), keys)
+  size = len(jax.tree.leaves(work[0])[0][0])
+
+  def forward(states: PyTree, part: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
+    said, moved = say(merge(*params), states, *part)
+    return moved, said
+
+  def objective(shared: PyTree, own: PyTree, numbers: PyTree) -> tuple[jax.Array, Metrics]:
+    values, metrics = judge(merge(shared, own), _joined(merge(numbers, others), size), batch)
+    return rows.losses(values), metrics
+
+  def pull(weights: jax.Array) -> Gradient:
+    *direct, slopes = pullback(weights)
+
+    def back(carry: tuple[PyTree, Gradient], part: Any) -> tuple[tuple[PyTree, Gradient], None]:
+      (states, total), (slopes, *part) = carry, part
+
+      def numbers_said(shared: PyTree, own: PyTree) -> tuple[PyTree, PyTree]:
+        said, moved = say(merge(shared, own), states, *part)
+        return _numbers(said)[0], moved
+
+      _, pull_part, moved = jax.vjp(numbers_said, *params, has_aux=True)
+      return (moved, jax.tree.map(_add_wide, total, pull_part(slopes))), None
+
+    (_, total), _ = lax.scan(back, (states, jax.tree.map(_wide_zeros, params)), (slopes, *work))
+    total = jax.tree.map(_add_wide, total, tuple(direct))
+    return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), total, params)
+
+  moved, said = lax.scan(forward, states, work)
+  numbers, others = _numbers(said)
+  losses, pullback, metrics = jax.vjp(objective, *params, numbers, has_aux=True)
+  return Passes(losses, pull, rows.present(metrics), moved, metrics)
+
+
+def _numbers(said: PyTree) -> tuple[PyTree, PyTree]:
+  """What has a gradient, and the rest: masks, indices; each with None for the other."""
+  is_number = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+  return (
+    jax.tree.map(lambda leaf: leaf if is_number(leaf) else None, said),
+    jax.tree.map(lambda leaf: None if is_number(leaf) else leaf, said),
+  )
+
+
+def _joined(said: PyTree, size: int) -> PyTree:
+  """What was said of parts `[parts, size, ...]` as of the whole batch; what is not of examples, its mean."""
+
+  def join(leaf: jax.Array) -> jax.Array:
+    if leaf.ndim > 1 and leaf.shape[1] == size:
+      return leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
+    return leaf.mean(0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf[0]
+
+  return jax.tree.map(join, said)
+
+
 class _Work(NamedTuple):
   """What every pass through the parts has in common."""
 
@@ -134,12 +234,19 @@ def _back(work: _Work, counts: Values, weights: jax.Array) -> tuple[Gradient, Py
       return work.rows.losses(_of_whole(values, metrics, counts)), (moved, _Seen(values, metrics))
 
     _, pullback, (moved, seen) = jax.vjp(objective, *work.params, has_aux=True)
-    add = lambda total, leaf: total + leaf.astype(total.dtype)
-    return (moved, jax.tree.map(add, total, pullback(weights))), seen
+    return (moved, jax.tree.map(_add_wide, total, pullback(weights))), seen
 
-  wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
-  (moved, total), seen = lax.scan(step, (work.states, jax.tree.map(wide, work.params)), work.parts)
+  (moved, total), seen = lax.scan(step, (work.states, jax.tree.map(_wide_zeros, work.params)), work.parts)
   return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), total, work.params), moved, seen
+
+
+def _wide_zeros(leaf: jax.Array) -> jax.Array:
+  """What gradients of parts are added to: in half precision a small one would be lost."""
+  return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _add_wide(total: jax.Array, leaf: jax.Array) -> jax.Array:
+  return total + leaf.astype(total.dtype)
 
 
 def _added_up(work: _Work, seen: _Seen, counts: Values) -> tuple[jax.Array, Metrics]:

@@ -94,6 +94,42 @@ def test_parts_make_the_update_of_the_whole(frozen, name):
   _assert_close(ends[1], ends[0], rtol=1e-4 if name == "gramian" else 2e-5)
 
 
+@pytest.mark.parametrize("name", ["none", "gramian"])
+def test_cached_outputs_make_the_update_of_the_whole_for_every_loss(frozen, name):
+  """With relations between all examples, a Term on params, a mask that a model makes, and an output of no example."""
+  pair = {"student": "student.embedding", "teacher": "teacher.embedding", "where": "batch.where"}
+  pair["student"], soft = "connector.output", {"student_logits": "student.logits", "teacher_logits": "teacher.logits"}
+  terms = TERMS | {
+    "relation": Term(losses.rkd_distance, pair),
+    "dist": Term(losses.dist, soft | {"temperature": "temperature.temperature"}),
+  }
+  network = NETWORK | {"temperature": models.temperature()}
+  options = {"balancer": BALANCERS[name], "shared": None if name == "none" else "student/hidden"}
+  state = _make(terms, network, **options).init(jax.random.key(0), _batch(), frozen)
+  ends = []
+  for parts in (1, 4):
+    learner = _make(terms, network, accumulate=parts, cache_outputs=True, **options)
+    step, after = jax.jit(learner.step), state
+    for seed in range(2):
+      after, metrics = step(after, _batch(seed), frozen)
+    ends.append((after._replace(key=0), training.metrics.means(metrics)))
+  _assert_close(ends[1], ends[0], rtol=1e-4 if name == "gramian" else 2e-5)
+
+
+def test_what_is_random_is_the_same_in_both_passes():
+  """A part whose dropout were drawn anew on the way back would have another gradient."""
+  network = {"student": models.mlp((8,), CLASSES, dropout=0.5)}
+  make = lambda cached: training.make_learner(
+    network, {"hard": TERMS["hard"]}, optax.sgd(0.1), accumulate=4, cache_outputs=cached
+  )
+  state = make(False).init(jax.random.key(0), _batch())
+  plain, cached = (jax.jit(make(cached).step)(state, _batch())[0] for cached in (False, True))
+  _assert_close(cached.params, plain.params)
+  assert not np.allclose(
+    plain.params["student"]["hidden"]["0"]["kernel"], state.params["student"]["hidden"]["0"]["kernel"]
+  )
+
+
 def test_a_part_has_the_memory_of_a_part_and_only_masks_are_looked_at_beforehand(frozen):
   """Without a balancer, the pass that counts does not run what no mask depends on."""
   terms = {name: TERMS[name] for name in ("hard", "mean", "hint")}

@@ -1,7 +1,6 @@
 """Layouts: every array where its rule says, the compiled step without a gathered gradient, the one-device result."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,61 +9,29 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kdflax import balancing, losses, methods, models, training
+from benchmarks import scale
+from kdflax import losses, training
 from kdflax.numerics.trees import name_of
 from kdflax.objectives import Term
 
-CLASSES, WIDTH, EXAMPLES = 10, 32, 64
-MESHES = {"8": {"data": 8}, "4x2": {"data": 4, "model": 2}}
-
-
-def _batch(size=21, seed=0):
-  """A last batch: masked, and of a size that eight devices do not divide."""
-  random = np.random.default_rng(seed)
-  return {
-    "image": random.normal(size=(size, WIDTH)).astype(np.float32),
-    "label": random.integers(CLASSES, size=size).astype(np.int32),
-    "index": random.permutation(EXAMPLES)[:size].astype(np.int32),
-    "where": np.arange(size) % 5 != 2,
-  }
+SIZES = scale.SMALL  # masked batches of a size that eight devices do not divide
+CASES = {"8": "FSDP, 8", "4x2": "FSDP and tensor parallel, 4 x 2"}
+AXES = {"data": 4, "model": 2}
 
 
 @functools.cache
 def _richest():
-  """Relations between all examples, a memory of all, a Gramian of the rows, an average, a penalty, clipping."""
-  student, teacher = models.mlp((64,), CLASSES), models.mlp((128,), CLASSES)
-  crd = methods.crd(methods.pair(student, teacher, _batch()), num_examples=EXAMPLES, width=WIDTH, negatives=16)
-  network = {"student": student, "teacher": teacher, "mean": student, **crd.models}
-  logits = {"logits": "student.logits", "labels": "batch.label", "where": "batch.where"}
-  embeddings = {"student": "student.embedding", "teacher": "teacher.embedding", "where": "batch.where"}
-  followed = {"student_logits": "student.logits", "teacher_logits": "mean.logits", "where": "batch.where"}
-  terms = {
-    "hard": Term(optax.softmax_cross_entropy_with_integer_labels, logits),
-    "relation": Term(losses.rkd_distance, embeddings),
-    "mean": Term(losses.kl_soft_targets, followed),
-    **crd.terms,
-  }
-  return training.make_learner(
-    network,
-    terms,
-    optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01)),
-    averages={"mean": training.Average("student", 0.9)},
-    penalties={"small": training.Penalty(lambda params: jnp.square(params["student"]["head"]["kernel"]).sum(), 0.1)},
-    balancer=balancing.from_weighting(balancing.upgrad),
-    shared="student/hidden",
-  )
+  """Relations between all examples, a memory of all, a Gramian of the rows, an average, a trace norm, clipping."""
+  return scale.learner_of(SIZES)
+
+
+def _batch(seed=0):
+  return scale.batch_of(SIZES, seed)
 
 
 @functools.cache
 def _frozen():
-  return {"teacher": models.mlp((128,), CLASSES).init(jax.random.key(7), _batch())}
-
-
-def _layout(axes):
-  small = functools.partial(training.fsdp, "data", at_least=64)
-  rules = [("crd/", training.Split("data", 0, at_least=0))]
-  rules += [training.tensor_parallel("model", at_least=64)] if "model" in axes else []
-  return training.Layout(training.make_mesh(axes), [*rules, small()], frozen=[small()])
+  return {"teacher": scale.teacher_of(SIZES).init(jax.random.key(7), _batch())}
 
 
 def _train(step, state, place, frozen, num_steps):
@@ -86,7 +53,7 @@ def _spread(name):
     learner = _richest()
     state = learner.init(jax.random.key(0), _batch(), _frozen())
     return None, training.make_train_step(learner), lambda: _copy(state), _frozen()
-  layout = _layout(MESHES[name])
+  layout = scale.layout_of(CASES[name])
   frozen = training.place_frozen(_frozen(), layout)
   step = training.make_train_step(_richest(), layout=layout)
   state = training.init_state(_richest(), jax.random.key(0), _batch(), frozen, layout=layout)
@@ -107,7 +74,7 @@ def _specs(tree):
   return {name_of(p, "/"): leaf.sharding.spec for p, leaf in jax.tree.leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", CASES)
 def test_devices_together_are_one_device(name):
   layout, step, init, frozen = _spread(name)
   end = _train(step, init(), functools.partial(training.place_batch, mesh=layout), frozen, 3)
@@ -115,7 +82,7 @@ def test_devices_together_are_one_device(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", CASES)
 def test_devices_together_are_one_device_after_fifty_steps(name):
   layout, step, init, frozen = _spread(name)
   end = _train(step, init(), functools.partial(training.place_batch, mesh=layout), frozen, 50)
@@ -162,7 +129,7 @@ def test_a_training_continues_on_other_devices(tmp_path):
   _assert_close(end._replace(key=0), whole._replace(key=0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_training_continues_on_the_same_devices_with_the_same_bits(tmp_path, name):
   whole = _fit(tmp_path / "whole", name, 4)
   _fit(tmp_path / "stopped", name, 2)
@@ -170,51 +137,64 @@ def test_a_training_continues_on_the_same_devices_with_the_same_bits(tmp_path, n
 
 
 def test_an_evaluation_is_that_of_one_device():
-  layout, _, init, frozen = _spread("4x2")
-  terms = {"hard": Term(losses.forward_kl, {
-    "student_logits": "student.logits", "teacher_logits": "teacher.logits", "where": "batch.where"})}  # fmt: skip
-  network = {name: models.mlp((width,), CLASSES) for name, width in (("student", 64), ("teacher", 128))}
-  state = init()
-  variables = {"student": (state.params["student"], state.model_state["student"]), **frozen}
-  found = training.make_eval_step(network, terms, layout=layout)(variables, _batch())["hard"]
-  expected = training.make_eval_step(network, terms)(jax.device_get(variables), _batch())["hard"]
+  layout, _, _, frozen = _spread("4x2")
+  logits = {"student_logits": "student.logits", "teacher_logits": "teacher.logits", "where": "batch.where"}
+  terms = {"soft": Term(losses.forward_kl, logits)}
+  network = {name: scale.teacher_of(SIZES) for name in ("student", "teacher")}
+  variables = {
+    "student": training.place_frozen({"s": network["student"].init(jax.random.key(1), _batch())}, layout)["s"]
+  }
+  variables |= frozen
+  found = training.make_eval_step(network, terms, layout=layout)(variables, _batch())["soft"]
+  expected = training.make_eval_step(network, terms)(jax.device_get(variables), _batch())["soft"]
   np.testing.assert_allclose(found, expected, rtol=1e-5)
   said = training.predict(network["student"], variables["student"], [training.place_batch(_batch(), layout)])
-  assert said["logits"].shape == (_batch()["where"].sum(), CLASSES)
+  assert said["logits"].shape == (_batch()["where"].sum(), SIZES.classes)
 
 
 def test_what_follows_params_lies_where_they_do():
   layout, step, init, frozen = _spread("4x2")
   state = init()
   start = _specs(state)
-  both = P("data", "model")
   for prefix in ("params/student", "averages/mean", "opt_state/1/0/mu/student", "opt_state/1/0/nu/student"):
-    assert start[f"{prefix}/hidden/0/kernel"] == start[f"{prefix}/head/kernel"] == both
-    assert start[f"{prefix}/hidden/0/bias"] == P("model") and start[f"{prefix}/head/bias"] == P()  # 10 numbers
-  assert start["model_state/crd/student"] == both and start["model_state/crd/student_norm"] == P()
-  assert frozen["teacher"][0]["hidden"]["0"]["kernel"].sharding.spec == P(None, "data")
-  kernel = state.params["student"]["hidden"]["0"]["kernel"]
-  assert {shard.data.shape for shard in kernel.addressable_shards} == {(WIDTH // 4, 64 // 2)}
+    assert start[f"{prefix}/shared/hidden/0/kernel"] == P("data", "model")
+    assert start[f"{prefix}/task/left/head/linear/kernel"] == P(None, ("data", "model"))
+    assert start[f"{prefix}/shared/hidden/0/bias"] == P()  # a few numbers
+  assert start["model_state/crd/student"] == P("data", "model") and start["model_state/crd/student_norm"] == P()
+  assert frozen["teacher"][0]["hidden"]["0"]["kernel"].sharding.spec == P("data", "model")
+  kernel = state.params["student"]["shared"]["hidden"]["0"]["kernel"]
+  assert {shard.data.shape for shard in kernel.addressable_shards} == {(SIZES.image // 4, SIZES.hidden[0] // 2)}
   state, _ = step(state, training.place_batch(_batch(), layout), frozen)
   assert _specs(state) == start
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_no_gradient_and_no_memory_is_gathered(name):
-  """Neither a kernel's gradient, nor those of all four rows, nor the memory of all examples is whole on a device."""
+@pytest.mark.parametrize("name", CASES)
+def test_no_head_no_gradient_and_no_memory_is_gathered(name):
+  """No head, no kernel's gradient of any row, and not the memory of all examples is whole on a device."""
   layout, step, init, frozen = _spread(name)
-  lowered = step.lower(init(), training.place_batch(_batch(), layout), frozen)
-  gathered = {
-    tuple(map(int, s.split(","))) for s in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", _program(lowered))
-  }
-  assert gathered
-  for shape in ((4, WIDTH, 64), (4, WIDTH * 64), (EXAMPLES, WIDTH), (4, EXAMPLES, WIDTH)):
-    assert shape not in gathered
+  program = step.lower(init(), training.place_batch(_batch(), layout), frozen).compile().as_text()
+  assert any(message.kind == "all-gather" for message in scale.messages(program))
+  assert scale.gathered(SIZES, program) == []
 
 
-@functools.cache
-def _program(lowered):
-  return lowered.compile().as_text()
+def test_what_is_gathered_is_seen():
+  """A rule is worth what its reader sees: a head that is cut and used whole."""
+  mesh = training.make_mesh()
+  head = jax.device_put(jnp.ones((SIZES.hidden[1], SIZES.classes)), jax.sharding.NamedSharding(mesh, P("data")))
+  whole = jax.jit(lambda head: jnp.sort(head, axis=0), out_shardings=training.replicated(mesh))
+  assert scale.gathered(SIZES, whole.lower(head).compile().as_text()) == ["a head"]
+
+
+@pytest.mark.slow
+def test_memory_falls_with_the_devices():
+  """The state by the number of devices, but for what is too small to be cut; temporaries fall as well."""
+  memory = {name: scale.compiled(scale.LARGE, scale.layout_of(name)).memory_analysis() for name in scale.CASES}
+  state = {name: plan.argument_size_in_bytes for name, plan in memory.items()}
+  temporaries = {name: plan.temp_size_in_bytes for name, plan in memory.items()}
+  assert state["copies"] > 0.95 * state["one device"]
+  for devices in (2, 4, 8):
+    assert state[f"FSDP, {devices}"] < 1.1 * state["one device"] / devices
+  assert temporaries["FSDP, 8"] < temporaries["FSDP, 4"] < temporaries["FSDP, 2"] < temporaries["one device"]
 
 
 def test_a_step_is_compiled_once():
@@ -241,7 +221,7 @@ def _tree(**shapes):
 
 def _cut(rules, leading=0, **shapes):
   """By name, how rules cut the params of one model."""
-  layout = training.Layout(training.make_mesh(MESHES["4x2"]), rules, leading=leading)
+  layout = training.Layout(training.make_mesh(AXES), rules, leading=leading)
   number = jax.ShapeDtypeStruct((), jnp.int32)
   state = training.TrainState(number, _tree(**shapes), {}, (), (), {}, number)
   return {name: leaf.spec for name, leaf in layout.of_state(state).params["net"].items()}
