@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs: the blocks of a page one after another, in one namespace."""
 
+import os
 import pathlib
 import re
 
@@ -33,3 +34,19 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 def test_pages_that_are_run_elsewhere_are_named_there():
   for page, test in ELSEWHERE.items():
     assert page in PAGES and pathlib.Path(page).name in (ROOT / test).read_text(), page
+
+
+@pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))])
+def test_links_of_a_page_lead_somewhere(page):
+  made = {
+    "examples.md",
+    "changelog.md",
+    "reference",
+    "benchmarks",
+  }  # of docs/, when the site is built, which checks them
+  missing = []
+  for link in re.findall(r"\]\((?!\w+:)([^)#\s]+)", (ROOT / page).read_text()):
+    target = pathlib.Path(os.path.normpath((ROOT / page).parent / link)).relative_to(ROOT)
+    if not (ROOT / target).exists() and target.parts[1] not in made:
+      missing.append(link)
+  assert missing == []
