@@ -19,6 +19,7 @@ from kdflax.training.guard import (
 from kdflax.training.learner import Learner, learner, make_learner
 from kdflax.training.loop import Evaluation, Logging, Saving, fit
 from kdflax.training.mesh import make_mesh, replicated
+from kdflax.training.precision import computing_in
 from kdflax.training.run import MetricsLog, RunDirectory, RunDirectoryError
 from kdflax.training.sharding import Layout, Rule, Split, fsdp, place_batch, place_frozen, tensor_parallel
 from kdflax.training.stages import starting_from, train_stages
@@ -51,6 +52,7 @@ __all__ = [
   "TrainState",
   "WandB",
   "apply_models",
+  "computing_in",
   "digest",
   "evaluate_dataset",
   "fit",

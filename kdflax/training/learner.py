@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from kdflax import balancing
 from kdflax.model import Model, PyTree, Variables, named_key
@@ -17,6 +18,7 @@ from kdflax.objectives import Metrics, Term, at, evaluate, read_by
 from kdflax.training import checks
 from kdflax.training.forward import init_models, run_fixed, run_trained, start_context
 from kdflax.training.passes import Passes, Rows, pass_cached, pass_in_parts, pass_whole, split_batch
+from kdflax.training.precision import computing_in
 from kdflax.training.sharding import pin_batch, pin_gradient
 from kdflax.training.state import Average, Penalty, TrainState
 from kdflax.training.update import followed, follower, over_devices, penalize, unless_spoilt, widened
@@ -80,6 +82,7 @@ def make_learner(
   skip_not_finite: bool = False,
   accumulate: int = 1,
   cache_outputs: bool = False,
+  compute_dtype: DTypeLike | None = None,
   sample: Sample | None = None,
   axis_name: AxisName = None,
 ) -> Learner:
@@ -130,6 +133,9 @@ def make_learner(
     cache_outputs: whether a step in parts keeps what the Terms read of each model's outputs, and evaluates them on all
       of it: then every loss has the value and the gradient of the whole batch, those that compare examples as well. It
       costs one more pass forward, and the memory of those outputs (embeddings are small, feature maps are not).
+    compute_dtype: floating-point type in which the models compute, such as `jnp.bfloat16`; params, states, averages,
+      the optimizer and the losses stay in float32 (see `computing_in`, which evaluates a model likewise). None for that
+      of the params.
     sample: `(data, key, step) -> batch`, to draw batches from arrays that stay on the device.
     axis_name: mapped axis when the step runs inside `pmap` or `shard_map`; gradients and floating-point statistics are
       then averaged over it, while counters and other integers stay each device's own. None under plain `jit`, on a mesh
@@ -151,7 +157,7 @@ def make_learner(
   checks.check_batch_size(batch_size, hold_gradients)
   checks.check_parts(accumulate, cache_outputs, terms)
   program = _Program(
-    checks.checked_models(models),
+    {name: computing_in(model, compute_dtype) for name, model in checks.checked_models(models).items()},
     dict(terms),
     optimizer,
     checks.checked_averages(averages, models),
