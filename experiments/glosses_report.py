@@ -192,7 +192,7 @@ def picture(session: phases.Session, results: Mapping[Any, Any], taught: Mapping
     teacher = 100 * np.mean(taught[labels]["lexicographer"])
     panel.axvline(teacher, color="black", linestyle="--", label="teacher, 22.7 million parameters")
     panel.set(title=f"{labels} labels", xlabel="test accuracy (%)", yticks=range(len(methods)), yticklabels=methods)
-  panels[0][-1].legend(fontsize=7, loc="lower right")
+  panels[0][-1].legend(fontsize=7, loc="upper right")
   figure.tight_layout()
   common.save_figure(figure, session.directory / "accuracy.png")
   plt.close(figure)
