@@ -1,6 +1,6 @@
 """Copies tables and pictures of finished runs into the documentation: `python -m docs.keep_results runs/distill ...`.
 
-They go to docs/<name of the run>/, where a dash is a folder: those of runs/glyphs-distill go to docs/glyphs/distill/.
+They go to docs/<name of the run>/, where a dash is a folder: those of runs/zoo-tune go to docs/zoo/tune/.
 The table of the run `distill` and the first rows of `fuse` stand in README.md as well.
 """
 

@@ -289,8 +289,23 @@ def tune(bench: Bench) -> None:
     found[name] = tune_one(bench, name, grid_of(config, name), seeds)
     print(f"{name}: {found[name]}")
   write_settings(config, found)
-  scores = {name: entry["validation accuracy"] for name, entry in found.items()}
-  pictures.sweeps(bench.session.directory, scores, BASELINE)
+  report_tuning(bench.session.directory, f"{' to '.join(config.pair)} on {config.dataset}", found)
+
+
+def report_tuning(directory: pathlib.Path, what: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+  """Writes the best settings as a table and draws all that were tried."""
+  tried = {name: entry["validation accuracy"] for name, entry in found.items()}
+  rows = [
+    {
+      "method": name,
+      **{key: f"{found[name][key]:g}" if key in found[name] else "" for key in ("weight", "temperature", "rate")},
+      "validation accuracy (%)": f"{100 * max(row['accuracy'] for row in tried[name]):.1f}",
+      "settings tried": len(tried[name]),
+    }
+    for name in tried
+  ]
+  print(common.write_table(directory, "results", f"The best settings of a sweep, {what}", rows, found))
+  pictures.sweeps(directory, tried, BASELINE)
 
 
 def tune_one(bench: Bench, name: str, grid: Mapping[str, np.ndarray], seeds: int) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def test_tuning_keeps_the_best_setting_of_the_validation_split(tmp_path):
     )
     assert best["accuracy"] == max(row["accuracy"] for row in entry["validation accuracy"])
   assert (tmp_path / "run" / "sweeps.png").stat().st_size > 0
+  assert "| crd | " in (tmp_path / "run" / "results.md").read_text()
   checked = config.checked()
   found = {key: tuned["crd"][key] for key in ("weight", "rate")}
   assert zoo.setting_of(checked, "crd") == (found, "tuned, 0.8 published")
