@@ -54,7 +54,8 @@ def order_at(key: jax.Array, positions: jax.Array, num_examples: int) -> jax.Arr
     return (row, (column + _hash(row, words[1])) % jnp.uint32(columns)), None
 
   def walk(index: jax.Array) -> jax.Array:
-    (row, column), _ = jax.lax.scan(turn, tuple(jnp.divmod(index, jnp.uint32(columns))), words)
+    row, column = jnp.divmod(index, jnp.uint32(columns))
+    (row, column), _ = jax.lax.scan(turn, (row, column), words)
     return row * jnp.uint32(columns) + column
 
   outside = lambda index: index >= num_examples
