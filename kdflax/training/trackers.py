@@ -60,7 +60,8 @@ class WandB:
     directory: of the run; wandb writes into it.
   """
 
-  package, keywords = "wandb", ("dir",)
+  package: str = "wandb"
+  keywords: tuple[str, ...] = ("dir",)  # of its `init`, that take the directory
 
   def __init__(self, directory: str | os.PathLike[str]):
     directory = pathlib.Path(directory).absolute()
@@ -86,7 +87,8 @@ class Trackio(WandB):
     directory: of the run, after which it is named.
   """
 
-  package, keywords = "trackio", ()
+  package: str = "trackio"
+  keywords: tuple[str, ...] = ()
 
 
 TRACKERS: Mapping[str, Callable[[str | os.PathLike[str]], Tracker]] = {
