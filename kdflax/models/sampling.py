@@ -80,7 +80,7 @@ def make_sampler(
   if foreign:
     raise ValueError(f"tokens {foreign} are not of the vocabulary of {config.vocabulary}")
   model = decoder(config)
-  stops = jnp.asarray(np.asarray(stop_tokens, np.int32))
+  stops = np.asarray(stop_tokens, np.int32)  # of NumPy: a sampler made inside of one program may serve another
 
   def draw(logits: jax.Array, keys: jax.Array, step: jax.Array | int) -> jax.Array:
     if temperature == 0:

@@ -11,7 +11,7 @@ from kdflax.model import Model, PyTree, Variables
 from kdflax.objectives import Metrics, Term, evaluate
 from kdflax.training import metrics
 from kdflax.training.forward import run_fixed, start_context
-from kdflax.training.sharding import Layout, laid_out, pin_batch
+from kdflax.training.sharding import Layout, laid_out, pin_batch, place_batch
 
 
 def make_eval_step(models: Mapping[str, Model], terms: Mapping[str, Term], *, layout: Layout | None = None) -> Callable:
@@ -32,7 +32,10 @@ def make_eval_step(models: Mapping[str, Model], terms: Mapping[str, Term], *, la
       context = apply_models(models, variables, pin_batch(batch), step)
     return evaluate(terms, context, step)[1]
 
-  return evaluate_batch
+  if layout is None:
+    return evaluate_batch
+  # Placed here: a batch that does not divide by the devices may be spread inside of a program, but not enter one so.
+  return lambda variables, batch, step=0: evaluate_batch(variables, place_batch(batch, layout), step)
 
 
 def evaluate_dataset(

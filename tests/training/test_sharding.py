@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import scale
-from kdflax import losses, training
+from kdflax import losses, models, training
 from kdflax.numerics.trees import name_of
 from kdflax.objectives import Term
 
@@ -272,3 +272,14 @@ def test_a_mesh_and_a_layout_are_one_too_many():
   mesh = training.make_mesh()
   with pytest.raises(ValueError, match="one of mesh and layout"):
     training.make_train_step(_richest(), mesh=mesh, layout=training.Layout(mesh))
+
+
+def test_an_evaluation_takes_a_batch_of_the_host_that_does_not_divide():
+  network = {"student": models.mlp((16,), 64)}
+  terms = {"said": Term(lambda logits: logits.sum(-1), {"logits": "student.logits"})}
+  batch = {"image": np.arange(96, dtype=np.float32).reshape(12, 8)}
+  layout = training.Layout(training.make_mesh({"data": 8, "model": 1}), [training.fsdp("data", at_least=1)])
+  variables = training.place_frozen({"student": network["student"].init(jax.random.key(0), batch)}, layout)
+  found = training.make_eval_step(network, terms, layout=layout)(variables, batch)["said"]
+  expected = training.make_eval_step(network, terms)(jax.device_get(variables), batch)["said"]
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
