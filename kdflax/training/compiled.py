@@ -72,6 +72,6 @@ def make_train_step(
     if steps_per_call == 1:
       return step(state, data, *frozen)
     state, metrics = jax.lax.scan(lambda s, _: step(s, data, *frozen), state, length=steps_per_call)
-    return state, added_up(metrics)
+    return state, dict(added_up(metrics))
 
   return jax.jit(call, donate_argnums=0, out_shardings=None if mesh is None else replicated(mesh))

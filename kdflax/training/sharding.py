@@ -107,7 +107,7 @@ class Layout:
   leading: int = 0
 
   def __post_init__(self) -> None:
-    named = {"batch": _names(self.batch)}
+    named: dict[str, Sequence[str]] = {"batch": _names(self.batch)}
     for pattern, how in (*self.rules, *(self.frozen or ())):
       named[f"rule {pattern!r}"] = [n for part in ([how.axis] if isinstance(how, Split) else how) for n in _names(part)]
     for where, axes in named.items():
@@ -281,7 +281,7 @@ def pin_gradient(gradient: PyTree) -> PyTree:
 
 def _batch_spec(layout: Layout) -> P:
   axes = tuple(axis for axis in _names(layout.batch) if layout.mesh.shape[axis] > 1)
-  return P(axes if len(axes) > 1 else axes[0]) if axes else P()
+  return P(axes[0] if len(axes) == 1 else axes) if axes else P()
 
 
 def _names(axes: Axes | None) -> tuple[str, ...]:
