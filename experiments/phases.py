@@ -348,7 +348,6 @@ def latency(
   name: str,
   *,
   batch_sizes: tuple[int, ...] = (1, 256),
-  repeats: int = 51,
 ) -> dict[str, float]:
   """Measures the jitted forward pass to the logits: median microseconds by batch size; once, then kept as `cost` is.
 
@@ -359,7 +358,6 @@ def latency(
     split: images to take.
     name: of the model.
     batch_sizes: images in a pass.
-    repeats: passes to time.
   """
   file = session.directory / "costs" / f"{slug(name)}-forward.json"
   if file.is_file():
@@ -370,7 +368,7 @@ def latency(
     batch = on_device(jax.tree.map(lambda x, size=size: x[:size], split))
     jax.block_until_ready(forward(*variables, batch))
     seconds = []
-    for _ in range(repeats):
+    for _ in range(51):
       start = time.perf_counter()
       jax.block_until_ready(forward(*variables, batch))
       seconds.append(time.perf_counter() - start)
