@@ -149,9 +149,16 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_table(directory: pathlib.Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], data: Any) -> str:
-  """Writes `<name>.md` for people and `<name>.json` with every number; returns the Markdown."""
-  table = markdown_table(rows)
+def write_table(
+  directory: pathlib.Path,
+  name: str,
+  title: str,
+  rows: Sequence[Mapping[str, Any]],
+  data: Any,
+  notes: Sequence[str] = (),
+) -> str:
+  """Writes `<name>.md` for people and `<name>.json` with every number; returns the Markdown below the title."""
+  table = markdown_table(rows) + "".join(f"{line}\n" for line in ("", *notes) if notes)
   write_atomically(directory / f"{name}.md", f"# {title}\n\n{table}")
   write_atomically(directory / f"{name}.json", json.dumps(data, indent=1) + "\n")
   return table

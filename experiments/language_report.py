@@ -1,6 +1,5 @@
 """The table, the verdicts, the pictures and the samples of text of the language experiment."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,11 +42,9 @@ def write(session: phases.Session, splits: Any, pair: Any, teacher: Any, student
     f"Students of {sizes['student']:,} parameters, a teacher of {sizes['teacher']:,} that has {own:.3f} bits per byte;"
     f" {config.student_steps} updates of {tokens:,} tokens; mean and 95% interval over {config.seeds} paired seeds"
   )
-  table = common.markdown_table([_row(name, results) for name in results])
-  text = f"# {title}\n\n{table}\n" + "\n".join(verdicts(results)) + "\n"
-  write_atomically(session.directory / "results.md", text)
-  write_atomically(session.directory / "results.json", json.dumps(everything, indent=1) + "\n")
-  print(text)
+  rows_shown = [_row(name, results) for name in results]
+  table = common.write_table(session.directory, "results", title, rows_shown, everything, verdicts(results))
+  print(f"# {title}\n\n{table}")
   pictures.by_metric(session.directory / "metrics.png", results, METRICS, {"bits per byte": own})
   pictures.learning_curves(session.directory, "validation/bits per byte", "alone", is_share=False)
   writers = {"teacher": (pair.teacher, teacher)}

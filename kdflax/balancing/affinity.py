@@ -51,9 +51,8 @@ def group_tasks(affinity: Any, num_groups: int) -> list[tuple[int, ...]]:
   """Choose groups of tasks, one network for each, so that every task is served well by one of them.
 
   A task gets from a group with others the mean of their affinities to it; alone, its own. A task may be in several
-  groups, helping there, and is served by the best. The sum over tasks is the largest there is: branch and bound over
-  all groups, exact: a quarter of a second for eight tasks and three groups, ten
-  times as long for each task more.
+  groups, helping there, and is served by the best. The sum over tasks is the largest there is, by branch and bound
+  over all groups: a quarter of a second for eight tasks and three groups, ten times as long for each task more.
 
   Args:
     affinity: `[T, T]`, from the task of the row to that of the column: the mean of `task_affinity` over training.
