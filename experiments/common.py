@@ -142,6 +142,11 @@ def beyond_noise(differences: Sequence[float] | np.ndarray) -> str:
   return "?" if np.isnan(width) else "yes" if abs(mean) > width else "no"
 
 
+def scores(said: np.ndarray, labels: np.ndarray, classes: int | None) -> np.ndarray:
+  """The score of a task for each seed: accuracy of logits `[..., examples, classes]`, or R^2 of `[..., examples]`."""
+  return training.metrics.r_squared(said, labels) if classes is None else (said.argmax(-1) == labels).mean(-1)
+
+
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Rows of equal keys as a Markdown table."""
   header = list(rows[0])

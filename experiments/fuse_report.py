@@ -62,10 +62,9 @@ def result(session: phases.Session, name: str, student: Any, split: Any) -> dict
   found: dict[str, Any] = {"score": {}, "nll": {}, "ece": {}}
   for task, known in session.config.tasks.items():
     labels = split["label"][task]
+    found["score"][task] = common.scores(said[task], labels, known.classes).tolist()
     if known.classes is None:
-      found["score"][task] = metrics.r_squared(said[task], labels).tolist()
       continue
-    found["score"][task] = (said[task].argmax(-1) == labels).mean(-1).tolist()
     every = jnp.broadcast_to(labels, said[task].shape[:-1])
     found["nll"][task] = np.asarray(metrics.negative_log_likelihood(said[task], every)).mean(-1).tolist()
     found["ece"][task] = [metrics.expected_calibration_error(of_seed, labels) for of_seed in said[task]]

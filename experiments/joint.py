@@ -388,9 +388,9 @@ def scores(work: Work, predictions: Mapping[str, jax.Array], split: str) -> dict
     found, wanted = np.asarray(predictions[task]), np.asarray(labels[task])
     if classes is None:
       error = np.abs(found.astype(np.float64) - wanted).mean(-1)
-      results[task] = {"absolute_error": error, "r_squared": training.metrics.r_squared(found, wanted)}
+      results[task] = {"absolute_error": error, "r_squared": common.scores(found, wanted, classes)}
     else:
-      results[task] = {"accuracy": (found.argmax(-1) == wanted).mean(-1)}
+      results[task] = {"accuracy": common.scores(found, wanted, classes)}
   return results
 
 
