@@ -4,12 +4,11 @@ import hashlib
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import save
 
 from kdflax.files import check_storable, map_arrays
 from kdflax.numerics.trees import name_of
@@ -55,11 +54,6 @@ def flat_outputs(outputs: PyTree, rows: int, name: str = "index") -> dict[str, n
     if not np.isfinite(array).all():
       raise ValueError(f"{path} holds NaN or infinite values; the teacher is broken")
   return flat
-
-
-def part_of(outputs: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> bytes:
-  """The content of one file: outputs by path, and what says which rows they are."""
-  return save({**outputs, **rows})
 
 
 def fingerprints(array: Any) -> np.ndarray:

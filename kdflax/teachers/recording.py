@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save
 
 from kdflax.files import write_atomically
 from kdflax.model import lookup
@@ -24,7 +25,6 @@ from kdflax.teachers._parts import (
   described,
   fingerprints,
   flat_outputs,
-  part_of,
   read_manifest,
 )
 from kdflax.teachers.store import Record, open_record
@@ -169,7 +169,7 @@ class _Writer:
     if not self._waiting:
       return
     arrays = {name: np.concatenate([rows[name] for rows in self._waiting]) for name in self._waiting[0]}
-    content, name = part_of(arrays, {}), f"part-{len(self._parts):05d}.safetensors"
+    content, name = save(arrays), f"part-{len(self._parts):05d}.safetensors"
     write_atomically(self._directory / name, content)
     self._parts.append(Part(name, len(arrays[INDEX]), hashlib.sha256(content).hexdigest()))
     self._write_manifest(complete=False)  # a part counts from here on

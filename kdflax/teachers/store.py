@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from kdflax.files import digest_of_text, write_atomically
 from kdflax.model import Model, lookup
@@ -30,7 +31,6 @@ from kdflax.teachers._parts import (
   flat_outputs,
   is_output,
   open_part,
-  part_of,
   read_manifest,
 )
 
@@ -60,7 +60,7 @@ def record(
     raise ValueError(f"index must be [examples]; got shape {list(index.shape)}")
   if len(np.unique(index)) != len(index):
     raise ValueError("index names an example twice; record each example once")
-  content = part_of(flat_outputs(outputs, len(index)), {INDEX: index})
+  content = save({**flat_outputs(outputs, len(index)), INDEX: index})
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   (directory / MANIFEST).unlink(missing_ok=True)  # a record without a manifest is no record

@@ -147,12 +147,12 @@ def make_learner(
   Raises:
     ValueError: if a row names an unknown term or leaves one out, an average follows a model that is unknown or not
       trained or its decay is not in [0, 1], a penalty has the name of a term or a negative weight, a model has a name
-      that no path can hold, `batch_size` or `accumulate` < 1, `batch_size` is given with
-      `hold_gradients=False`, a loss compares examples that are to be accumulated, or
-      (at trace time) a context path does not exist, arrays do not fit a loss, a penalty is no scalar, a frozen or
-      averaged model reads a trained one, nothing trains a model that is not frozen, an average is of another shape than
-      what it follows, an optimizer accumulates by itself where that is another update or evaluates the objective anew,
-      a batch does not split into equal parts, or a step is given other frozen models than `init` was.
+      that no path can hold, `batch_size` or `accumulate` < 1, `batch_size` is given with `hold_gradients=False`,
+      a loss compares examples that are to be accumulated, or (at trace time) a context path does not exist, arrays do
+      not fit a loss, a penalty is no scalar, a frozen or averaged model reads a trained one, nothing trains a model
+      that is not frozen, an average is of another shape than what it follows, an optimizer accumulates by itself where
+      that is another update or evaluates the objective anew, a batch does not split into equal parts, or a step is
+      given other frozen models than `init` was.
   """
   checks.check_batch_size(batch_size, hold_gradients)
   checks.check_parts(accumulate, cache_outputs, terms)
@@ -281,16 +281,10 @@ def _passes(program: _Program, state: TrainState, batch: PyTree, frozen: Variabl
 
 
 def _run(
-  program: _Program,
-  state: TrainState,
-  frozen: Variables,
-  params: dict[str, PyTree],
-  states: dict[str, PyTree],
-  batch: PyTree,
-  key: jax.Array,
+  program: _Program, state: TrainState, *arguments: Any
 ) -> tuple[dict[str, jax.Array], Metrics, dict[str, PyTree]]:
-  """Runs all models on a batch; returns the value of each Term, the metrics, and the next states of the models."""
-  seen, moved = _see(program, state, frozen, params, states, batch, key)
+  """The value of each Term on a batch, the metrics, and the next states of the models; takes what `_see` does."""
+  seen, moved = _see(program, state, *arguments)
   return *_evaluate(program, state, seen), moved
 
 

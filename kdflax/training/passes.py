@@ -98,8 +98,7 @@ def pass_in_parts(
     parts: how many.
     balanced: whether the pullback is called with weights that depend on the losses.
   """
-  keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
-  work = _Work(run, rows, params, states, (split_batch(batch, parts), keys))
+  work = _Work(run, rows, params, states, _split(batch, key, parts))
   moved, seen = _forward(work)
   counts = {name: count.sum() for name, (_, count) in seen.metrics.items()}
   losses, metrics = _added_up(work, seen, counts)
@@ -141,8 +140,7 @@ def pass_cached(
   Reference: Luyu Gao, Yunyi Zhang, Jiawei Han and Jamie Callan, "Scaling Deep Contrastive Learning Batch Size under
   Memory Limited Setup", 2021, arXiv 2101.06983. Theirs keeps embeddings; here whatever the Terms read.
   """
-  keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
-  work = (split_batch(batch, parts), keys)
+  work = _split(batch, key, parts)
   size = len(jax.tree.leaves(work[0])[0][0])
 
   def forward(states: PyTree, part: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
@@ -167,8 +165,7 @@ def pass_cached(
       return (moved, jax.tree.map(_add_wide, total, pull_part(slopes))), None
 
     (_, total), _ = lax.scan(back, (states, jax.tree.map(_wide_zeros, params)), (slopes, *work))
-    total = jax.tree.map(_add_wide, total, tuple(direct))
-    return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), total, params)
+    return _narrowed(jax.tree.map(_add_wide, total, tuple(direct)), params)
 
   moved, said = lax.scan(forward, states, work)
   numbers, others = _numbers(said)
@@ -237,7 +234,7 @@ def _back(work: _Work, counts: Values, weights: jax.Array) -> tuple[Gradient, Py
     return (moved, jax.tree.map(_add_wide, total, pullback(weights))), seen
 
   (moved, total), seen = lax.scan(step, (work.states, jax.tree.map(_wide_zeros, work.params)), work.parts)
-  return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), total, work.params), moved, seen
+  return _narrowed(total, work.params), moved, seen
 
 
 def _wide_zeros(leaf: jax.Array) -> jax.Array:
@@ -249,6 +246,11 @@ def _add_wide(total: jax.Array, leaf: jax.Array) -> jax.Array:
   return total + leaf.astype(total.dtype)
 
 
+def _narrowed(total: Gradient, params: Gradient) -> Gradient:
+  """A sum over all parts in the dtypes of the params."""
+  return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), total, params)
+
+
 def _added_up(work: _Work, seen: _Seen, counts: Values) -> tuple[jax.Array, Metrics]:
   """The losses of the rows `[T]` and the metrics of the whole batch."""
   whole = {name: parts.sum() for name, parts in _of_whole(seen.values, seen.metrics, counts).items()}
@@ -258,6 +260,11 @@ def _added_up(work: _Work, seen: _Seen, counts: Values) -> tuple[jax.Array, Metr
 def _of_whole(values: Values, metrics: Metrics, counts: Values) -> dict[str, jax.Array]:
   """What the means over a part add to the means over all parts."""
   return {name: mean * (metrics[name][1] / jnp.maximum(counts[name], 1)) for name, mean in values.items()}
+
+
+def _split(batch: PyTree, key: jax.Array, parts: int) -> tuple[PyTree, jax.Array]:
+  """The parts of a batch and a key for each, on a leading axis."""
+  return split_batch(batch, parts), jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
 
 
 def split_batch(batch: PyTree, parts: int) -> PyTree:
