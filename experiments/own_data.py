@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments import networks
 from kdflax import data, teachers
+from kdflax.files import digest
 
 SPLITS = ("train", "validation", "test")
 _BATCH = 64  # images that a teacher sees at once
@@ -196,7 +197,7 @@ def _teacher(config: Any, own: Own, path: pathlib.Path) -> tuple[Any, Any]:
     prepare = teachers.image_input(
       mean=config.teacher_mean, deviation=config.teacher_deviation, channels=config.channels, channels_first=False
     )
-    source = {"network": config.teacher_network, "variables": str(path.name)}
+    source = {"network": config.teacher_network, "sha256": digest((params, state))}
     return teachers.External(
       lambda batch: {"logits": np.asarray(forward(prepare(batch)))}, source
     ), config.teacher_size or config.size

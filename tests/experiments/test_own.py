@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from experiments import own, own_data
+from experiments import networks, own, own_data
 from kdflax import teachers
 from kdflax.export import load_exported
 
@@ -156,6 +156,21 @@ def test_folders_of_other_classes_are_named(tmp_path):
   _folder(tmp_path / "data" / "test", range(80))
   with pytest.raises(ValueError, match=r"test has other classes than .*train: lacks \['light'\], and \[\] more"):
     own.main(_config(tmp_path, data=tmp_path / "data"))
+
+
+def test_weights_that_changed_are_another_teacher(tmp_path):
+  """In a file of the same name; what the teacher before it said is not taken for its words."""
+  file, network = tmp_path / "teacher.safetensors", networks.network("mlp-4", 3)
+  settings = {"teacher_network": "mlp-4", "size": 6, "trust_teacher": True}
+  for seed in (0, 1):
+    teachers.save_variables(file, network.init(jax.random.key(seed), {"image": IMAGES[:1, ..., None]}))
+    config = _config(tmp_path, str(file), **settings)
+    opened, (asked,) = _ask(config)
+    if seed == 0:
+      logits = own_data.hear(config, opened, asked, tmp_path / "record").logits
+      assert logits.shape == (120, 3)
+  with pytest.raises(ValueError, match="holds a record of another source"):
+    own_data.hear(config, opened, asked, tmp_path / "record")
 
 
 def test_a_record_of_other_images_is_refused(tmp_path):
